@@ -1,0 +1,46 @@
+"""controlroom: one denoising loop, every control.
+
+Names are loaded when they are first used (PEP 562), so that ``import controlroom`` costs milliseconds and loads neither
+torch nor diffusers. To publish a name, add it to ``_EXPORTS`` and to the block for type checkers; a test holds the two
+together.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from controlroom.catalog import control_class as control_class
+    from controlroom.core.errors import ConflictError as ConflictError
+    from controlroom.core.errors import ControlRoomError as ControlRoomError
+    from controlroom.core.errors import InputError as InputError
+    from controlroom.core.errors import ModelError as ModelError
+    from controlroom.core.errors import OutputError as OutputError
+
+# Public name -> the module that defines it. One line for each, in the order of the alphabet within a room.
+_EXPORTS: dict[str, str] = {
+    # core
+    "ConflictError": "controlroom.core.errors",
+    "ControlRoomError": "controlroom.core.errors",
+    "InputError": "controlroom.core.errors",
+    "ModelError": "controlroom.core.errors",
+    "OutputError": "controlroom.core.errors",
+    # catalogue
+    "control_class": "controlroom.catalog",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module that defines it, once."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'controlroom' has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
