@@ -1,0 +1,408 @@
+"""The training loop: one for every recipe, exact across interruption.
+
+Order of data and noise are functions of (seed, slot), where a slot is the number of a sample since training began; the
+learning rate is a function of the step. What is left to save is weights, averages, moments and the step, so a run
+that was stopped or killed and resumed is bit-equal to an unbroken one on the same machine with as many threads.
+
+A single process for now. The seam for several is `slots_of`: each takes its share of the slots of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlroom.core.errors import ControlRoomError, ModelError
+from controlroom.training.checkpoint import (
+    ResumeError,
+    checkpoints,
+    load_checkpoint,
+    modules_hash,
+    newest_whole,
+    optimizer_tensors,
+    prune,
+    remove_unfinished,
+    restore_optimizer,
+    save_checkpoint,
+)
+from controlroom.training.ema import Ema
+from controlroom.training.export import export_weights, samples_seen
+from controlroom.training.progress import Progress
+from controlroom.training.randomness import DataOrder, StepRandom, seed_of
+from controlroom.training.recipe import AfterStep, Fingerprinted, FiniteData, Recipe, Reloads, Validates
+from controlroom.training.settings import TrainSettings, learning_rate_at
+from controlroom.training.stop import Clock, StopRequest, only_run_in
+
+
+class DivergedError(ControlRoomError):
+    """A loss or gradient that is not finite. The step was not taken; the last checkpoint is good."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a call of `train` ended. `reason` is `finished`, `time box`, `SIGTERM` or `SIGINT`."""
+
+    step: int
+    samples: int
+    reason: str
+    checkpoint: Path
+    weights: Path
+    losses: dict[str, float]
+
+    @property
+    def finished(self) -> bool:
+        return self.reason == "finished"
+
+    @property
+    def resumable(self) -> bool:
+        return not self.finished
+
+
+def slots_of(step: int, batch_size: int, start_samples: int = 0, rank: int = 0, world: int = 1) -> range:
+    """The slots that process `rank` of `world` shows at a step; together they are the same for any `world`."""
+    share = batch_size // world
+    first = start_samples + step * batch_size + rank * share
+    return range(first, first + share)
+
+
+def train(recipe: Recipe[Any], settings: TrainSettings, *, resume: bool = True) -> TrainResult:
+    """Train until the total is reached, the time box ends, or SIGTERM or SIGINT arrives; then save and export.
+
+    Writes to `settings.output_dir`: `step-N/` checkpoints, `weights/` (exported, averaged weights, with the number of
+    samples in their metadata), `log.jsonl`. Call again with the same arguments to continue.
+
+    Raises:
+        ResumeError: the checkpoint was made with other settings, another recipe or other frozen weights, or there are
+            checkpoints and `resume` is false.
+        DivergedError: a loss or gradient was not finite; nothing was stepped or saved with it.
+        ModelError: nothing to train, a master weight that is not float32, or a frozen module that moved.
+        OutputError: a checkpoint or export could not be written, or another process trains in the folder.
+    """
+    stop = StopRequest(settings.stop_after_seconds)
+    with ExitStack() as stack:
+        stack.enter_context(only_run_in(settings.output_dir))
+        stack.enter_context(stop.listening())
+        stack.enter_context(_torch_state_kept(settings.threads))
+        return _Run(recipe, settings, resume, stack).go(stop)
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(self, recipe: Recipe[Any], settings: TrainSettings, resume: bool, stack: ExitStack) -> None:
+        self.recipe, self.settings = recipe, settings
+        self.folder = settings.output_dir
+        self.weights_folder = self.folder / "weights"
+
+        # -- what trains, and what must not --
+        self.modules, self.frozen = recipe.modules(), recipe.frozen()
+        for module in self.frozen.values():
+            module.requires_grad_(False).eval()
+        for module in self.modules.values():
+            module.train()
+        self.parameters = _trainable(self.modules, self.frozen)
+        self.device = next(iter(self.parameters.values())).device
+        self.frozen_hash = modules_hash(self.frozen)
+
+        # -- where it starts: a checkpoint, exported weights, or the recipe's own initial weights --
+        remove_unfinished(self.folder)
+        if not resume and checkpoints(self.folder):
+            raise ResumeError(
+                f"{self.folder} holds checkpoints and resume is off. Delete it or give another output_dir."
+            )
+        found, notes = newest_whole(self.folder)
+        checkpoint = None if found is None else load_checkpoint(found)
+        self.step, self.start_samples = 0, 0
+        if checkpoint is not None:
+            self.step, self.start_samples = checkpoint.state["step"], checkpoint.state["start_samples"]
+        elif settings.start_from is not None:
+            if not isinstance(recipe, Reloads):
+                raise ResumeError(f"start_from is {settings.start_from}, but recipe {recipe.name!r} has no load().")
+            self.start_samples = samples_seen(settings.start_from)
+            recipe.load(settings.start_from)
+        self.total_steps = settings.steps_from(self.start_samples)
+        self.identity = self._identity()
+
+        # -- optimizer, average, and what a checkpoint says of them --
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        if checkpoint is not None:
+            _refuse_other_run(checkpoint.path, checkpoint.state["identity"], self.identity)
+            for name, module in self.modules.items():
+                module.load_state_dict(checkpoint.weights[name])
+            restore_optimizer(self.optimizer, self.parameters, checkpoint.optimizer)
+        self.ema = None if settings.ema_decay is None else Ema(self.parameters, settings.ema_decay)
+        if checkpoint is not None and self.ema is not None:
+            for name, average in self.ema.averages.items():
+                average.copy_(checkpoint.ema[name])
+
+        # -- data, log, clocks --
+        size = recipe.dataset_size if isinstance(recipe, FiniteData) else None
+        self.order = DataOrder(settings.seed, size)
+        self.clock = Clock(settings.checkpoint_every_seconds, settings.checkpoint_every_steps)
+        self.progress = Progress(self.folder / "log.jsonl", self.total_steps, settings.batch_size)
+        stack.callback(self.progress.close)
+        self.losses: dict[str, float] = {}
+        for note in notes:
+            self.progress.event("broken checkpoint", note, note=note)
+        start = "resume" if checkpoint is not None else "start"
+        count = sum(p.numel() for p in self.parameters.values())
+        text = f"{recipe.name} at step {self.step}/{self.total_steps}, sample {self.samples}, {count} parameters train"
+        self.progress.event(start, text, step=self.step, samples=self.samples, parameters=count)
+        if checkpoint is not None and checkpoint.state["threads"] != torch.get_num_threads():
+            text = (
+                f"{checkpoint.state['threads']} threads before, {torch.get_num_threads()} now: equal only to rounding"
+            )
+            self.progress.event("threads", text, threads=torch.get_num_threads())
+
+    @property
+    def samples(self) -> int:
+        """Samples the weights have seen, those before `start_from` included; also the next slot."""
+        return self.start_samples + self.step * self.settings.batch_size
+
+    def go(self, stop: StopRequest) -> TrainResult:
+        settings = self.settings
+        reason = stop.reason
+        with _batches(self._batch, range(self.step, self.total_steps), settings.prefetch) as batches:
+            while self.step < self.total_steps and reason is None:
+                # -- one optimizer step --
+                batch = next(batches)
+                rate = learning_rate_at(self.step, self.total_steps, settings)
+                self.progress.add(self._take_step(batch, rate))
+                self.step += 1
+
+                # -- tell --
+                if self.step % settings.log_every == 0 or self.step == self.total_steps:
+                    self.losses = self.progress.report(self.step, self.samples, rate)
+                if settings.validate_every is not None and self.step % settings.validate_every == 0:
+                    self._validate()
+
+                # -- keep --
+                reason = stop.reason
+                if reason is None and self.step < self.total_steps and self.clock.due(self.step):
+                    self._save()
+                    if settings.export_with_checkpoint:
+                        self._export()
+
+        # -- end: the same whether finished or stopped --
+        self._check_frozen()
+        path = self._save()
+        self._export()
+        reason = "finished" if self.step >= self.total_steps else str(reason)
+        text = (
+            f"{reason} at step {self.step}/{self.total_steps}, sample {self.samples}; weights in {self.weights_folder}"
+        )
+        if reason != "finished":
+            text += "; run again with the same settings to resume"
+        self.progress.event("end", text, reason=reason, step=self.step, samples=self.samples)
+        return TrainResult(self.step, self.samples, reason, path, self.weights_folder, self.losses)
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _batch(self, step: int) -> Any:
+        slots = slots_of(step, self.settings.batch_size, self.start_samples)
+        with torch.no_grad():
+            return self.recipe.batch(self.order.indices(slots), step)
+
+    def _take_step(self, batch: Any, rate: float) -> dict[str, float]:
+        settings, step = self.settings, self.step
+        slots = slots_of(step, settings.batch_size, self.start_samples)
+
+        # -- loss: random numbers by slot; layers with randomness of their own (dropout) get the step's seed --
+        torch.manual_seed(seed_of(settings.seed, slots[0], "layers"))
+        rng = StepRandom(settings.seed, step, slots, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
+            losses = self.recipe.loss(batch, step, rng)
+        self._finite(float(losses.total.detach()), "loss")
+
+        # -- gradient --
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if not gradients:
+            raise ModelError(f"The loss of recipe {self.recipe.name!r} depends on no parameter in modules().")
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._finite(float(norm), "gradient norm")
+        if settings.clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), settings.clip_grad_norm, norm)
+
+        # -- step and average --
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if isinstance(self.recipe, AfterStep):
+            with torch.no_grad():
+                self.recipe.after_step(step)
+        if self.ema is not None:
+            self.ema.update(step)
+        parts = {name: float(value) for name, value in losses.parts.items()}
+        return {"loss": float(losses.total.detach()), **parts, "gradient_norm": float(norm)}
+
+    def _finite(self, value: float, what: str) -> None:
+        if math.isfinite(value):
+            return
+        slots = slots_of(self.step, self.settings.batch_size, self.start_samples)
+        indices = self.order.indices(slots)
+        kept = checkpoints(self.folder)
+        last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        text = (
+            f"The {what} is {value} at step {self.step} (slots {slots[0]} to {slots[-1]}, data {indices[:8]}"
+            f"{' ...' if len(indices) > 8 else ''}). The step was not taken and nothing was saved; {last}. Look at "
+            f"these samples, lower the learning rate, or train in float32."
+        )
+        self.progress.event("diverged", text, step=self.step, first_slot=slots[0], last_slot=slots[-1])
+        raise DivergedError(text)
+
+    # -- saving, exporting, validating --------------------------------------------------------------------------------
+
+    def _save(self) -> Path:
+        state = {
+            "step": self.step,
+            "samples": self.samples,
+            "start_samples": self.start_samples,
+            "identity": self.identity,
+            "settings": self.settings.model_dump(mode="json"),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        ema: Mapping[str, Tensor] = {} if self.ema is None else self.ema.averages
+        moments = optimizer_tensors(self.optimizer, self.parameters)
+        path = save_checkpoint(self.folder, self.step, state, self.modules, ema, moments)
+        prune(self.folder, self.settings.keep_checkpoints)
+        self.clock.reset()
+        self.progress.event("checkpoint", str(path), step=self.step, samples=self.samples)
+        return path
+
+    def _export(self) -> None:
+        metadata = {"samples": str(self.samples), "recipe": self.recipe.name, "seed": str(self.settings.seed)}
+        with self._averaged():
+            export_weights(self.recipe, self.weights_folder, metadata)
+
+    def _validate(self) -> None:
+        if isinstance(self.recipe, Validates):
+            with self._averaged():
+                values = self.recipe.validate(self.step)
+            numbers = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
+            self.progress.event("validation", f"step {self.step}  {numbers}", step=self.step, **values)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in place, modules in eval mode, no gradients; all as before afterwards."""
+        modes = {m: m.training for module in self.modules.values() for m in module.modules()}
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self.ema is not None:
+                stack.enter_context(self.ema.in_place())
+            for module in self.modules.values():
+                module.eval()
+            try:
+                yield
+            finally:
+                for module, mode in modes.items():
+                    module.training = mode
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that resumes it must agree on, as JSON."""
+        extra = self.recipe.fingerprint() if isinstance(self.recipe, Fingerprinted) else ""
+        shapes = {name: list(p.shape) for name, p in self.parameters.items()}
+        return {
+            **self.settings.trajectory(self.start_samples),
+            "recipe": self.recipe.name,
+            "recipe fingerprint": extra,
+            "frozen weights": self.frozen_hash,
+            "parameters": shapes,
+        }
+
+    def _check_frozen(self) -> None:
+        if modules_hash(self.frozen) != self.frozen_hash:
+            names = ", ".join(self.frozen)
+            raise ModelError(f"A frozen module ({names}) of recipe {self.recipe.name!r} moved; this run was not saved.")
+
+
+def _trainable(modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Parameters that require a gradient, by `module.path`, each once. Raises ModelError as `train` says."""
+    fixed = {id(p) for module in frozen.values() for p in module.parameters()}
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for module_name, module in modules.items():
+        for name, parameter in module.named_parameters():
+            full = f"{module_name}.{name}"
+            if id(parameter) in fixed:
+                raise ModelError(f"{full} is in modules() and in frozen(); a parameter either trains or does not.")
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            if parameter.dtype != torch.float32:
+                raise ModelError(
+                    f"{full} is {parameter.dtype}; weights that train are float32 (mixed_precision casts)."
+                )
+            seen.add(id(parameter))
+            found[full] = parameter
+    if not found:
+        raise ModelError("The recipe trains nothing: no parameter in modules() requires a gradient.")
+    return found
+
+
+def _refuse_other_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if not changed:
+        return
+    listed = "; ".join(
+        f"{key}: {_short(before.get(key))} in the checkpoint, {_short(now.get(key))} now" for key in changed
+    )
+    raise ResumeError(
+        f"{path} cannot be resumed, because the run changed ({listed}). Give the former values, or another output_dir "
+        f"with start_from={path.parent / 'weights'} to continue from its weights with a fresh optimizer."
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+@contextmanager
+def _batches(make: Callable[[int], Any], steps: range, prefetch: bool) -> Iterator[Iterator[Any]]:
+    """Batches of the steps in order; with `prefetch`, the next one is made in a thread meanwhile."""
+    if not prefetch:
+        yield map(make, steps)
+        return
+    with ThreadPoolExecutor(1, "batch") as pool:
+
+        def ahead() -> Iterator[Any]:
+            waiting = None
+            for step in steps:
+                current = pool.submit(make, step) if waiting is None else waiting
+                result = current.result()
+                waiting = pool.submit(make, step + 1) if step + 1 in steps else None
+                yield result
+
+        yield ahead()
+
+
+@contextmanager
+def _torch_state_kept(threads: int | None) -> Iterator[None]:
+    """Put the global random state and the number of threads back afterwards."""
+    before = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng():
+            if threads is not None:
+                torch.set_num_threads(threads)
+            yield
+    finally:
+        torch.set_num_threads(before)
