@@ -1,0 +1,901 @@
+"""The catalogue: one entry for each system of the project, and the table of control types that a run file may name.
+
+Ordinary data: nothing here imports a control. The command line, the studio, the pages in ``docs/`` and the contract
+tests all read this table. `load` turns a dotted path of it (``module:Name``) into the object, when it is asked for.
+
+When a control lands: set its `status`, its `code` and `proof`, and add its line to `CONTROL_TYPES`; when its effect is
+measured, write the numbers into `effect`, with n and the interval.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+from controlroom.core.errors import InputError
+
+Status = Literal["working", "planned"]
+Backbone = Literal["sd1", "sd2", "sdxl"]
+
+SD: tuple[Backbone, ...] = ("sd1", "sd2", "sdxl")
+SD1: tuple[Backbone, ...] = ("sd1",)
+SD2: tuple[Backbone, ...] = ("sd2",)
+SD1_SDXL: tuple[Backbone, ...] = ("sd1", "sdxl")
+SDXL: tuple[Backbone, ...] = ("sdxl",)
+
+NO_WEIGHTS = "needs none"
+UNCHECKED = "not checked yet"
+SCALE_0 = "scale=0"
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """A paper: its title, and its arXiv number where it has one."""
+
+    title: str
+    arxiv: str | None = None
+
+    @property
+    def url(self) -> str | None:
+        """The page of the paper at arXiv."""
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """One row of the catalogue: a method, a model, a protocol or a task."""
+
+    number: int
+    """Its number in the project's list; the order of the docs."""
+    key: str
+    """One word that names it everywhere: file, recipe, test, page."""
+    name: str
+    papers: tuple[Paper, ...] = ()
+    does: str
+    """What it does here, in one sentence."""
+    code: tuple[str, ...] = ()
+    """Dotted paths ``module:Name`` of controls, functions or classes; where it will be while it is planned."""
+    recipe: str | None = None
+    """Dotted path of the training recipe, where the method trains."""
+    signals: tuple[str, ...] = ()
+    """Names of the signals it reads from a picture."""
+    backbones: tuple[Backbone, ...] = ()
+    """Backbones it runs on; empty where it has nothing to do with one."""
+    weights_licence: str = NO_WEIGHTS
+    """Licence of the public weights. Whoever loads them must keep to it; none are in this package."""
+    status: Status = "planned"
+    neutral: str | None = None
+    """The setting at which it is bit-identical to its absence."""
+    no_neutral: str | None = None
+    """Why it has no such setting; exactly one of the two is given."""
+    proof: str
+    """What its implementation is compared with."""
+    effect: str | None = None
+    """Measured on the theatre, against no control; None until measured."""
+    combines: str | None = None
+    """What the test of pairs found; None until tested."""
+
+
+_TASK = "a task: it only builds a run out of controls, each of which has its own"
+_PROGRAM = "a program around the run: without it there is nothing to compare"
+_MODEL = "a model of its own, not a change to a run"
+_DATA = "data or measurement: it changes no picture"
+
+CONTROLNET = Paper("Adding Conditional Control to Text-to-Image Diffusion Models", "2302.05543")
+DREAMBOOTH = Paper("DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation", "2208.12242")
+INSTRUCT_PIX2PIX = Paper("InstructPix2Pix: Learning to Follow Image Editing Instructions", "2211.09800")
+IP_ADAPTER = Paper("IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models", "2308.06721")
+MAGICPOSE = Paper(
+    "MagicPose: Realistic Human Poses and Facial Expressions Retargeting with Identity-aware Diffusion", "2311.12052"
+)
+
+SYSTEMS: tuple[System, ...] = (
+    System(
+        number=1,
+        key="retarget",
+        name="PoseMaster Fusion: retargeting",
+        does="A picture of a person, a pose (photo, doodle, JSON) and optional words give the same person in that "
+        "pose, styled by the words.",
+        code=("controlroom.tasks.retarget:retarget",),
+        signals=("pose", "doodle"),
+        backbones=SD,
+        no_neutral=_TASK,
+        proof="held-out theatre pairs against the true picture, beside two baselines",
+    ),
+    System(
+        number=2,
+        key="appearance",
+        name="Appearance control module",
+        papers=(MAGICPOSE,),
+        does="A copy of the UNet reads the source; its inputs of self-attention join the main network's keys and "
+        "values.",
+        code=("controlroom.controls.personal.appearance:AppearanceControl",),
+        recipe="controlroom.training.recipes.appearance:AppearanceRecipe",
+        backbones=SD,
+        weights_licence="USC research licence, non-commercial",
+        neutral=SCALE_0,
+        proof="transcription of the published equations in the test, on tiny random weights",
+    ),
+    System(
+        number=3,
+        key="pose_control",
+        name="Appearance-disentangled pose control",
+        papers=(MAGICPOSE,),
+        does="A pose ControlNet fine-tuned with the appearance module: jointly, with it frozen, or only the blocks "
+        "that receive the pose.",
+        code=("controlroom.controls.spatial.controlnet:ControlNet",),
+        recipe="controlroom.training.recipes.pose_control:PoseControlRecipe",
+        signals=("pose",),
+        backbones=SD,
+        weights_licence="USC research licence, non-commercial",
+        neutral=SCALE_0,
+        proof="keypoints of the drawn picture against the asked pose, on held-out theatre pairs",
+    ),
+    System(
+        number=4,
+        key="imagic",
+        name="Text-guided enhancement",
+        papers=(Paper("Imagic: Text-Based Real Image Editing with Diffusion Models", "2210.09276"), INSTRUCT_PIX2PIX),
+        does="Optimises the text embedding (or the text encoder) towards the picture, fine-tunes, interpolates to the "
+        "wanted words, draws at low resolution and super-resolves; also joined with an instruction embedding.",
+        code=("controlroom.controls.editing.imagic:Imagic",),
+        recipe="controlroom.training.recipes.imagic:ImagicRecipe",
+        backbones=SD,
+        no_neutral=_PROGRAM,
+        proof="the community pipeline's formulas, transcribed in the test",
+    ),
+    System(
+        number=5,
+        key="pose",
+        name="Pose input",
+        papers=(
+            Paper("OpenPose: Realtime Multi-Person 2D Pose Estimation using Part Affinity Fields", "1812.08008"),
+            Paper("ViTPose: Simple Vision Transformer Baselines for Human Pose Estimation", "2204.12484"),
+            Paper("Effective Whole-body Pose Estimation with Two-stages Distillation", "2307.15880"),
+        ),
+        does="Keypoints from photos, drawn skeletons, JSON and doodles; read once, editable, accepted again.",
+        code=("controlroom.signals.pose:Pose",),
+        recipe="controlroom.training.recipes.keypoints:KeypointRecipe",
+        signals=("pose", "doodle"),
+        weights_licence="ViTPose and RTMPose Apache-2.0; OpenPose's own weights non-commercial",
+        no_neutral=_DATA,
+        proof="round trips of every format; the reader's error on held-out renders and doodles",
+    ),
+    System(
+        number=6,
+        key="controlnet",
+        name="ControlNet",
+        papers=(CONTROLNET,),
+        does="Eight canonical conditions (canny, hed, mlsd, normal, depth, segmentation, scribble, pose), several at "
+        "once.",
+        code=("controlroom.controls.spatial.controlnet:ControlNet",),
+        recipe="controlroom.training.recipes.controlnet:ControlNetRecipe",
+        signals=("canny", "hed", "mlsd", "normal", "depth", "segmentation", "scribble", "pose"),
+        backbones=SD,
+        weights_licence="OpenRAIL",
+        neutral=SCALE_0,
+        proof="parity with diffusers' StableDiffusionControlNetPipeline",
+    ),
+    System(
+        number=7,
+        key="reference_only",
+        name="Reference-only",
+        does="Self-attention and group-norm statistics of a reference picture, no training; a technique of the A1111 "
+        "and diffusers communities.",
+        code=("controlroom.controls.style.reference_only:ReferenceOnly",),
+        backbones=SD,
+        neutral=SCALE_0,
+        proof="transcription of the community pipeline's equations in the test",
+    ),
+    System(
+        number=8,
+        key="ip_adapter_controlnet",
+        name="IP-Adapter + ControlNet",
+        papers=(IP_ADAPTER, CONTROLNET),
+        does="The baseline for pose transfer.",
+        code=("controlroom.tasks.retarget:baseline",),
+        signals=("pose",),
+        backbones=SD,
+        weights_licence="Apache-2.0 and OpenRAIL",
+        no_neutral=_TASK,
+        proof="the same held-out pairs as retargeting",
+    ),
+    System(
+        number=9,
+        key="masactrl",
+        name="MasaCtrl",
+        papers=(
+            Paper(
+                "MasaCtrl: Tuning-Free Mutual Self-Attention Control for Consistent Image Synthesis and Editing",
+                "2304.08465",
+            ),
+        ),
+        does="Mutual self-attention: the edit's queries read the source's keys and values, with masks.",
+        code=("controlroom.controls.editing.masactrl:MasaCtrl",),
+        backbones=SD1_SDXL,
+        neutral="start_step=num_inference_steps",
+        proof="transcription of the published attention edit in the test",
+    ),
+    System(
+        number=10,
+        key="t2i_adapter",
+        name="T2I-Adapter",
+        papers=(
+            Paper(
+                "T2I-Adapter: Learning Adapters to Dig out More Controllable Ability for "
+                "Text-to-Image Diffusion Models",
+                "2302.08453",
+            ),
+        ),
+        does="A light, time-independent condition adapter.",
+        code=("controlroom.controls.spatial.t2i_adapter:T2IAdapter",),
+        recipe="controlroom.training.recipes.t2i_adapter:T2IAdapterRecipe",
+        signals=("canny", "depth", "scribble", "pose"),
+        backbones=SD1_SDXL,
+        weights_licence="Apache-2.0",
+        neutral=SCALE_0,
+        proof="parity with diffusers' StableDiffusionAdapterPipeline",
+    ),
+    System(
+        number=11,
+        key="unimo_g",
+        name="UNIMO-G",
+        papers=(Paper("UNIMO-G: Unified Image Generation through Multimodal Conditional Diffusion", "2401.13388"),),
+        does="Interleaved text and images of several entities as the prompt.",
+        code=("controlroom.controls.personal.unimo_g:UnimoG",),
+        recipe="controlroom.training.recipes.unimo_g:UnimoGRecipe",
+        backbones=SD,
+        weights_licence="no public weights known",
+        no_neutral="it replaces the prompt, as words do",
+        proof="the published equations, transcribed in the test",
+    ),
+    System(
+        number=12,
+        key="blip_diffusion",
+        name="BLIP-Diffusion",
+        papers=(
+            Paper(
+                "BLIP-Diffusion: Pre-trained Subject Representation for Controllable "
+                "Text-to-Image Generation and Editing",
+                "2305.14720",
+            ),
+        ),
+        does="A subject embedding from a multimodal encoder, spliced into the text.",
+        code=("controlroom.controls.personal.blip_diffusion:BlipDiffusion",),
+        recipe="controlroom.training.recipes.blip_diffusion:BlipDiffusionRecipe",
+        backbones=SD1,
+        weights_licence=UNCHECKED,
+        no_neutral="it replaces tokens of the prompt, as words do",
+        proof="parity with diffusers' BlipDiffusionPipeline",
+    ),
+    System(
+        number=13,
+        key="pose_datasets",
+        name="Pose datasets and metrics",
+        papers=(
+            Paper("DeepFashion: Powering Robust Clothes Recognition and Retrieval with Rich Annotations (CVPR 2016)"),
+            Paper(
+                "Learning High Fidelity Depths of Dressed Humans by Watching Social Media Dance Videos", "2103.03319"
+            ),
+        ),
+        does="DeepFashion and TikTok from disk; SSIM, LPIPS, FID, CLIP score.",
+        code=("controlroom.evaluation.suites.pose_transfer:PoseTransferSuite",),
+        signals=("pose",),
+        no_neutral=_DATA,
+        proof="each metric against an independent implementation; readers against written sample folders",
+    ),
+    System(
+        number=14,
+        key="ddpm",
+        name="DDPM",
+        papers=(Paper("Denoising Diffusion Probabilistic Models", "2006.11239"),),
+        does="Forward process, noise prediction and ancestral sampling, from scratch.",
+        code=("controlroom.sampling.ddpm:DDPM",),
+        recipe="controlroom.training.recipes.ddpm:DDPMRecipe",
+        no_neutral=_MODEL,
+        proof="closed-form Gaussian posteriors; parity with diffusers' DDPMScheduler",
+    ),
+    System(
+        number=15,
+        key="latent_diffusion",
+        name="Latent diffusion",
+        papers=(Paper("High-Resolution Image Synthesis with Latent Diffusion Models", "2112.10752"),),
+        does="An autoencoder (reconstruction, KL, perceptual, adversarial) and diffusion in its latents.",
+        code=("controlroom.backbones.stable_diffusion:StableDiffusion",),
+        recipe="controlroom.training.recipes.latent_diffusion:LatentDiffusionRecipe",
+        backbones=SD,
+        weights_licence="Stable Diffusion: CreativeML OpenRAIL-M and OpenRAIL++",
+        no_neutral=_MODEL,
+        proof="a run without controls equals diffusers' StableDiffusionPipeline to 1e-5; "
+        "held-out captions of the theatre",
+    ),
+    System(
+        number=16,
+        key="stylegan",
+        name="StyleGAN",
+        papers=(Paper("A Style-Based Generator Architecture for Generative Adversarial Networks", "1812.04948"),),
+        does="Mapping network, AdaIN, noise, style mixing by scale.",
+        code=("controlroom.gans.stylegan:StyleGAN",),
+        recipe="controlroom.training.recipes.stylegan:StyleGANRecipe",
+        weights_licence="NVIDIA's own are non-commercial; none are used",
+        no_neutral=_MODEL,
+        proof="the published equations, transcribed in the test",
+    ),
+    System(
+        number=17,
+        key="cyclegan",
+        name="CycleGAN",
+        papers=(
+            Paper("Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks", "1703.10593"),
+        ),
+        does="Unpaired translation, also from simulation to reality.",
+        code=("controlroom.gans.cyclegan:CycleGAN",),
+        recipe="controlroom.training.recipes.cyclegan:CycleGANRecipe",
+        no_neutral=_MODEL,
+        proof="theatre styles as the two domains, where the true counterpart is known",
+    ),
+    System(
+        number=18,
+        key="ctrl_x",
+        name="Ctrl-X",
+        papers=(
+            Paper(
+                "Ctrl-X: Controlling Structure and Appearance for Text-To-Image Generation Without Guidance",
+                "2406.07540",
+            ),
+        ),
+        does="Structure and appearance from any two pictures, no training.",
+        code=("controlroom.controls.style.ctrl_x:CtrlX",),
+        backbones=SDXL,
+        neutral="structure=None, appearance=None",
+        proof="transcription of the published feature and attention injection in the test",
+    ),
+    System(
+        number=19,
+        key="cross_image_attention",
+        name="Cross-image attention",
+        papers=(Paper("Cross-Image Attention for Zero-Shot Appearance Transfer", "2311.03335"),),
+        does="Appearance transfer by attention between pictures.",
+        code=("controlroom.controls.style.cross_image_attention:CrossImageAttention",),
+        backbones=SD1,
+        neutral="start=end",
+        proof="transcription of the published attention in the test",
+    ),
+    System(
+        number=20,
+        key="controlnet_img2img",
+        name="ControlNet img2img with estimated depth",
+        papers=(CONTROLNET,),
+        does="Style transfer that keeps the geometry.",
+        code=("controlroom.tasks.stylise:stylise",),
+        signals=("depth",),
+        backbones=SD,
+        weights_licence="OpenRAIL",
+        no_neutral=_TASK,
+        proof="parity with diffusers' StableDiffusionControlNetImg2ImgPipeline",
+    ),
+    System(
+        number=21,
+        key="dreambooth",
+        name="DreamBooth",
+        papers=(DREAMBOOTH,),
+        does="A subject as `[V] class`, with prior preservation.",
+        recipe="controlroom.training.recipes.dreambooth:DreamBoothRecipe",
+        backbones=SD,
+        no_neutral="it yields weights; the run itself is ordinary",
+        proof="one step of the loss against the formula; the subject's attributes on the theatre",
+    ),
+    System(
+        number=22,
+        key="ip_adapter",
+        name="IP-Adapter",
+        papers=(IP_ADAPTER,),
+        does="Image prompt by decoupled cross-attention; base, plus, face.",
+        code=("controlroom.controls.personal.ip_adapter:IPAdapter",),
+        recipe="controlroom.training.recipes.ip_adapter:IPAdapterRecipe",
+        backbones=SD,
+        weights_licence="Apache-2.0; the face variants non-commercial (InsightFace)",
+        neutral=SCALE_0,
+        proof="parity with diffusers' load_ip_adapter on StableDiffusionPipeline",
+    ),
+    System(
+        number=23,
+        key="ip_adapter_pooling",
+        name="IP-Adapter + pooling",
+        papers=(IP_ADAPTER,),
+        does="Maximum or average over the embeddings of several pictures.",
+        code=("controlroom.controls.personal.ip_adapter:IPAdapter",),
+        backbones=SD,
+        weights_licence="Apache-2.0",
+        neutral=SCALE_0,
+        proof="one picture given several times equals that picture alone",
+    ),
+    System(
+        number=24,
+        key="ip_adapter_self_attention",
+        name="IP-Adapter + self-attention",
+        papers=(IP_ADAPTER,),
+        does="Self-attention over nine of ten pictures, trained to restore the tenth from its caption.",
+        code=("controlroom.controls.personal.ip_adapter_self_attention:IPAdapterSelfAttention",),
+        recipe="controlroom.training.recipes.ip_adapter_self_attention:IPAdapterSelfAttentionRecipe",
+        backbones=SD,
+        weights_licence="Apache-2.0",
+        neutral=SCALE_0,
+        proof="identity attributes on the theatre, against 22 and 23",
+    ),
+    System(
+        number=25,
+        key="lfw",
+        name="LFW protocol",
+        does="People with at least ten pictures, split 2:1; FID and IS.",
+        code=("controlroom.evaluation.suites.lfw:LFWSuite",),
+        signals=("face",),
+        no_neutral=_DATA,
+        proof="the split on a written sample folder; metrics against independent implementations",
+    ),
+    System(
+        number=26,
+        key="instruct_pix2pix",
+        name="InstructPix2Pix",
+        papers=(INSTRUCT_PIX2PIX,),
+        does="Two guidance scales; training; generated pairs.",
+        code=("controlroom.controls.editing.instruct_pix2pix:InstructPix2Pix",),
+        recipe="controlroom.training.recipes.instruct_pix2pix:InstructPix2PixRecipe",
+        backbones=SD1_SDXL,
+        weights_licence="MIT",
+        no_neutral="its checkpoint has eight input channels and needs the picture",
+        proof="parity with diffusers' StableDiffusionInstructPix2PixPipeline",
+    ),
+    System(
+        number=27,
+        key="pix2pix_zero",
+        name="Pix2Pix-Zero",
+        papers=(Paper("Zero-shot Image-to-Image Translation", "2302.03027"),),
+        does="Edit direction in embedding space, cross-attention guidance, regularised inversion.",
+        code=("controlroom.controls.editing.pix2pix_zero:Pix2PixZero",),
+        backbones=SD,
+        neutral=SCALE_0,
+        proof="parity with diffusers' StableDiffusionPix2PixZeroPipeline",
+    ),
+    System(
+        number=28,
+        key="attend_and_excite",
+        name="Attend-and-Excite",
+        papers=(
+            Paper(
+                "Attend-and-Excite: Attention-Based Semantic Guidance for Text-to-Image Diffusion Models", "2301.13826"
+            ),
+        ),
+        does="No subject of the prompt is neglected.",
+        code=("controlroom.controls.guidance.attend_and_excite:AttendAndExcite",),
+        backbones=SD,
+        neutral="step_size=0",
+        proof="parity with diffusers' StableDiffusionAttendAndExcitePipeline",
+    ),
+    System(
+        number=29,
+        key="semantic_guidance",
+        name="SEGA",
+        papers=(Paper("SEGA: Instructing Text-to-Image Models using Semantic Guidance", "2301.12247"),),
+        does="Adds or removes several concepts by degree.",
+        code=("controlroom.controls.guidance.semantic_guidance:SemanticGuidance",),
+        backbones=SD,
+        neutral="edits=[]",
+        proof="parity with diffusers' SemanticStableDiffusionPipeline",
+    ),
+    System(
+        number=30,
+        key="self_attention_guidance",
+        name="Self-attention guidance",
+        papers=(Paper("Improving Sample Quality of Diffusion Models Using Self-Attention Guidance", "2210.00939"),),
+        does="Guidance away from a prediction that is blurred where the network looks.",
+        code=("controlroom.controls.guidance.self_attention_guidance:SelfAttentionGuidance",),
+        backbones=SD,
+        neutral=SCALE_0,
+        proof="parity with diffusers' StableDiffusionSAGPipeline",
+    ),
+    System(
+        number=31,
+        key="depth_to_image",
+        name="Depth2Image",
+        papers=(Paper("High-Resolution Image Synthesis with Latent Diffusion Models", "2112.10752"),),
+        does="A variation that keeps the depth (Stable Diffusion 2's depth model).",
+        code=("controlroom.controls.spatial.depth_to_image:DepthToImage",),
+        signals=("depth",),
+        backbones=SD2,
+        weights_licence="OpenRAIL++",
+        no_neutral="its checkpoint has five input channels and needs the depth",
+        proof="parity with diffusers' StableDiffusionDepth2ImgPipeline",
+    ),
+    System(
+        number=32,
+        key="multidiffusion",
+        name="MultiDiffusion",
+        papers=(Paper("MultiDiffusion: Fusing Diffusion Paths for Controlled Image Generation", "2302.08113"),),
+        does="Panoramas, any aspect ratio, regions.",
+        code=("controlroom.controls.regions.multidiffusion:MultiDiffusion",),
+        backbones=SD,
+        neutral="one window over the whole picture",
+        proof="parity with diffusers' StableDiffusionPanoramaPipeline",
+    ),
+    System(
+        number=33,
+        key="textual_inversion",
+        name="Textual Inversion",
+        papers=(
+            Paper(
+                "An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion",
+                "2208.01618",
+            ),
+        ),
+        does="A pseudo-word for a concept.",
+        code=("controlroom.controls.personal.textual_inversion:TextualInversion",),
+        recipe="controlroom.training.recipes.textual_inversion:TextualInversionRecipe",
+        backbones=SD,
+        weights_licence="that of each file",
+        neutral="leave its word out of the prompt",
+        proof="parity with diffusers' load_textual_inversion; one step of the loss against the formula",
+    ),
+    System(
+        number=34,
+        key="prompt_weighting",
+        name="Prompt weighting",
+        does="More or less of a word, in the notation of A1111 or Compel.",
+        code=("controlroom.controls.guidance.prompt_weighting:PromptWeighting",),
+        backbones=SD,
+        neutral="all weights 1",
+        proof="the parsed tree of documented examples; weight 1 equals the plain prompt",
+    ),
+    System(
+        number=35,
+        key="prompt_to_prompt",
+        name="Prompt-to-Prompt",
+        papers=(Paper("Prompt-to-Prompt Image Editing with Cross Attention Control", "2208.01626"),),
+        does="Swap, refine and re-weight words, with local blend.",
+        code=("controlroom.controls.editing.prompt_to_prompt:PromptToPrompt",),
+        backbones=SD,
+        neutral="cross_replace=0, self_replace=0",
+        proof="transcription of the published edit that materialises probabilities, in the test",
+    ),
+    System(
+        number=36,
+        key="inversion",
+        name="Inversion",
+        papers=(
+            Paper("Denoising Diffusion Implicit Models", "2010.02502"),
+            Paper("Null-text Inversion for Editing Real Images using Guided Diffusion Models", "2211.09794"),
+        ),
+        does="The noise that a picture came from: DDIM and null-text.",
+        code=("controlroom.sampling.inversion:invert", "controlroom.sampling.null_text:optimise_null_text"),
+        backbones=SD,
+        no_neutral=_PROGRAM,
+        proof="parity with diffusers' DDIMInverseScheduler; the picture comes back",
+    ),
+    System(
+        number=37,
+        key="dreambooth_lora",
+        name="DreamBooth-LoRA",
+        papers=(DREAMBOOTH, Paper("LoRA: Low-Rank Adaptation of Large Language Models", "2106.09685")),
+        does="DreamBooth with low-rank factors.",
+        code=("controlroom.controls.personal.lora:LoRA",),
+        recipe="controlroom.training.recipes.dreambooth:DreamBoothLoRARecipe",
+        backbones=SD,
+        weights_licence="that of each file",
+        neutral=SCALE_0,
+        proof="parity with diffusers' load_lora_weights; files of every trainer, each key accounted for",
+    ),
+    System(
+        number=38,
+        key="dco",
+        name="DCO",
+        papers=(
+            Paper(
+                "Direct Consistency Optimization for Robust Customization of Text-to-Image Diffusion Models",
+                "2402.12004",
+            ),
+        ),
+        does="Direct consistency optimisation, consistency guidance, merging without interference.",
+        code=("controlroom.controls.personal.consistency_guidance:ConsistencyGuidance",),
+        recipe="controlroom.training.recipes.dco:DCORecipe",
+        backbones=SDXL,
+        neutral="consistency guidance at scale 0",
+        proof="the published loss and guidance, transcribed in the test",
+    ),
+    System(
+        number=39,
+        key="style_aligned",
+        name="StyleAligned",
+        papers=(Paper("Style Aligned Image Generation via Shared Attention", "2312.02133"),),
+        does="A consistent style over a set, or from a reference.",
+        code=("controlroom.controls.style.style_aligned:StyleAligned",),
+        backbones=SD,
+        neutral=SCALE_0,
+        proof="transcription of the published shared attention in the test",
+    ),
+    System(
+        number=40,
+        key="ms_diffusion",
+        name="MS-Diffusion",
+        papers=(
+            Paper("MS-Diffusion: Multi-subject Zero-shot Image Personalization with Layout Guidance", "2406.07209"),
+        ),
+        does="Several subjects with boxes.",
+        code=("controlroom.controls.regions.ms_diffusion:MSDiffusion",),
+        recipe="controlroom.training.recipes.ms_diffusion:MSDiffusionRecipe",
+        backbones=SDXL,
+        weights_licence=UNCHECKED,
+        neutral=SCALE_0,
+        proof="transcription of the published masked cross-attention in the test",
+    ),
+    System(
+        number=41,
+        key="kosmos_g",
+        name="KOSMOS-G",
+        papers=(Paper("Kosmos-G: Generating Images in Context with Multimodal Large Language Models", "2310.02992"),),
+        does="Interleaved images and text through a multimodal language model.",
+        code=("controlroom.controls.personal.kosmos_g:KosmosG",),
+        recipe="controlroom.training.recipes.kosmos_g:KosmosGRecipe",
+        backbones=SD1,
+        weights_licence=UNCHECKED,
+        no_neutral="it replaces the prompt, as words do",
+        proof="the published alignment losses, transcribed in the test",
+    ),
+    System(
+        number=42,
+        key="instant_id",
+        name="InstantID",
+        papers=(Paper("InstantID: Zero-shot Identity-Preserving Generation in Seconds", "2401.07519"),),
+        does="Identity of a face with spatial control.",
+        code=("controlroom.controls.personal.instant_id:InstantID",),
+        recipe="controlroom.training.recipes.instant_id:InstantIDRecipe",
+        signals=("face",),
+        backbones=SDXL,
+        weights_licence="research only, and so is the face model it needs",
+        neutral=SCALE_0,
+        proof="transcription of the published stream and side network in the test",
+    ),
+    System(
+        number=43,
+        key="photomaker",
+        name="PhotoMaker",
+        papers=(Paper("PhotoMaker: Customizing Realistic Human Photos via Stacked ID Embedding", "2312.04461"),),
+        does="Stacked identity embedding.",
+        code=("controlroom.controls.personal.photomaker:PhotoMaker",),
+        recipe="controlroom.training.recipes.photomaker:PhotoMakerRecipe",
+        signals=("face",),
+        backbones=SDXL,
+        weights_licence="Apache-2.0",
+        no_neutral="it replaces tokens of the prompt, as words do",
+        proof="transcription of the published fusion in the test",
+    ),
+    System(
+        number=44,
+        key="uni_controlnet",
+        name="Uni-ControlNet",
+        papers=(Paper("Uni-ControlNet: All-in-One Control to Text-to-Image Diffusion Models", "2305.16322"),),
+        does="One local and one global adapter for all conditions.",
+        code=("controlroom.controls.spatial.uni_controlnet:UniControlNet",),
+        recipe="controlroom.training.recipes.uni_controlnet:UniControlNetRecipe",
+        signals=("canny", "hed", "mlsd", "depth", "segmentation", "scribble", "pose"),
+        backbones=SD1,
+        weights_licence=UNCHECKED,
+        neutral=SCALE_0,
+        proof="transcription of the published adapters in the test",
+    ),
+    System(
+        number=45,
+        key="rpg",
+        name="RPG",
+        papers=(
+            Paper(
+                "Mastering Text-to-Image Diffusion: Recaptioning, Planning, and Generating with Multimodal LLMs",
+                "2401.11708",
+            ),
+        ),
+        does="A language model plans regions, each denoised with its sub-prompt.",
+        code=("controlroom.controls.regions.rpg:RegionalPrompts",),
+        backbones=SD1_SDXL,
+        neutral="base_ratio=1",
+        proof="transcription of the published regional cross-attention in the test",
+    ),
+    System(
+        number=46,
+        key="self_guidance",
+        name="Self-Guidance",
+        papers=(Paper("Diffusion Self-Guidance for Controllable Image Generation", "2306.00986"),),
+        does="Position, size, shape and appearance of a named object.",
+        code=("controlroom.controls.guidance.self_guidance:SelfGuidance",),
+        backbones=SD,
+        neutral=SCALE_0,
+        proof="the published energies against their closed forms on synthetic attention maps",
+    ),
+    System(
+        number=47,
+        key="ladi_vton",
+        name="LaDI-VTON",
+        papers=(Paper("LaDI-VTON: Latent Diffusion Textual-Inversion Enhanced Virtual Try-On", "2305.13501"),),
+        does="Try-on with the garment as pseudo-words and a warped cloth.",
+        code=("controlroom.controls.tryon.ladi_vton:LaDIVTON",),
+        recipe="controlroom.training.recipes.ladi_vton:LaDIVTONRecipe",
+        signals=("pose", "segmentation"),
+        backbones=SD2,
+        weights_licence="CC BY-NC 4.0, non-commercial",
+        no_neutral="its checkpoint has extra input channels and needs the garment",
+        proof="theatre garments, where the true picture is known",
+    ),
+    System(
+        number=48,
+        key="stable_viton",
+        name="StableVITON",
+        papers=(
+            Paper(
+                "StableVITON: Learning Semantic Correspondence with Latent Diffusion Model for Virtual Try-On",
+                "2312.01725",
+            ),
+        ),
+        does="Try-on with the garment by zero cross-attention.",
+        code=("controlroom.controls.tryon.stable_viton:StableVITON",),
+        recipe="controlroom.training.recipes.stable_viton:StableVITONRecipe",
+        signals=("pose", "segmentation"),
+        backbones=SD1,
+        weights_licence="no licence file at the repository's root: ask before use",
+        no_neutral="its checkpoint has extra input channels and needs the garment",
+        proof="theatre garments, where the true picture is known",
+    ),
+    System(
+        number=49,
+        key="idm_vton",
+        name="IDM-VTON",
+        papers=(Paper("Improving Diffusion Models for Authentic Virtual Try-on in the Wild", "2403.05139"),),
+        does="Try-on with a parallel UNet and an IP-Adapter.",
+        code=("controlroom.controls.tryon.idm_vton:IDMVTON",),
+        recipe="controlroom.training.recipes.idm_vton:IDMVTONRecipe",
+        signals=("pose", "segmentation"),
+        backbones=SDXL,
+        weights_licence="CC BY-NC-SA 4.0, non-commercial",
+        no_neutral="its checkpoint has extra input channels and needs the garment",
+        proof="theatre garments, where the true picture is known",
+    ),
+    System(
+        number=50,
+        key="bootcomp",
+        name="BootComp",
+        papers=(Paper("Controllable Human Image Generation with Personalized Multi-Garments", "2411.16801"),),
+        does="Several garments, from synthetic pairs, in any pose and style.",
+        code=("controlroom.controls.tryon.bootcomp:BootComp",),
+        recipe="controlroom.training.recipes.bootcomp:BootCompRecipe",
+        signals=("pose",),
+        backbones=SDXL,
+        weights_licence="CC BY-NC-SA 4.0, non-commercial",
+        neutral=SCALE_0,
+        proof="theatre garments, where the true picture is known",
+    ),
+    System(
+        number=51,
+        key="dreamfusion",
+        name="DreamFusion, ProlificDreamer",
+        papers=(
+            Paper("DreamFusion: Text-to-3D using 2D Diffusion", "2209.14988"),
+            Paper(
+                "ProlificDreamer: High-Fidelity and Diverse Text-to-3D Generation with Variational Score Distillation",
+                "2305.16213",
+            ),
+        ),
+        does="Text to 3D by score distillation: SDS and VSD.",
+        code=("controlroom.threed.distillation:ScoreDistiller",),
+        backbones=SD,
+        no_neutral=_PROGRAM,
+        proof="closed-form Gaussian denoisers; views of theatre objects",
+    ),
+    System(
+        number=52,
+        key="magic3d",
+        name="Magic3D, DreamFlow",
+        papers=(
+            Paper("Magic3D: High-Resolution Text-to-3D Content Creation", "2211.10440"),
+            Paper("DreamFlow: High-Quality Text-to-3D Generation by Approximating Probability Flow", "2403.14966"),
+        ),
+        does="Coarse to fine, mesh; probability-flow schedule.",
+        code=("controlroom.threed.meshes:TetMesh", "controlroom.threed.distillation:ScoreDistiller"),
+        backbones=SD,
+        no_neutral=_PROGRAM,
+        proof="closed-form Gaussian denoisers; silhouettes of known shapes",
+    ),
+    System(
+        number=53,
+        key="mvdream",
+        name="MVDream",
+        papers=(Paper("MVDream: Multi-view Diffusion for 3D Generation", "2308.16512"),),
+        does="Multi-view diffusion as the prior.",
+        code=("controlroom.threed.mvdream:MultiViewUNet",),
+        recipe="controlroom.training.recipes.mvdream:MVDreamRecipe",
+        backbones=SD2,
+        weights_licence=UNCHECKED,
+        no_neutral=_MODEL,
+        proof="one view equals the plain network; views of theatre objects",
+    ),
+)
+
+# The `type` of a control in a run file -> its class. One line for each control that can be named there.
+CONTROL_TYPES: dict[str, str] = {
+    "appearance_control": "controlroom.controls.personal.appearance:AppearanceControl",
+    "attend_and_excite": "controlroom.controls.guidance.attend_and_excite:AttendAndExcite",
+    "controlnet": "controlroom.controls.spatial.controlnet:ControlNet",
+    "ip_adapter": "controlroom.controls.personal.ip_adapter:IPAdapter",
+    "prompt_to_prompt": "controlroom.controls.editing.prompt_to_prompt:PromptToPrompt",
+    "reference_only": "controlroom.controls.style.reference_only:ReferenceOnly",
+}
+
+
+def load(path: str) -> Any:
+    """Import what a dotted path of the catalogue (``module:Name``) names.
+
+    >>> load("controlroom.core.errors:InputError").__name__
+    'InputError'
+    """
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def control_class(type_name: str) -> type:
+    """Return the class of the control that a run file calls ``type_name``.
+
+    Raises:
+        InputError: no control has that name (the message lists the nearest ones), or it is not in this version yet.
+    """
+    path = CONTROL_TYPES.get(type_name) if isinstance(type_name, str) else None
+    if path is None:
+        raise InputError(f"Unknown control type {_shown(type_name)}. {_suggestion(type_name, CONTROL_TYPES)}")
+    # Only a file that is not there means "not yet"; an import that fails inside the file must be seen as what it is.
+    if not _exists(path.partition(":")[0]):
+        raise InputError(
+            f"The control {type_name!r} is in the catalogue but not in this version of controlroom yet. "
+            "Leave it out, or see docs/systems.md for what works."
+        )
+    return load(path)
+
+
+def system(key: str) -> System:
+    """Return the entry of the catalogue with this key.
+
+    Raises:
+        InputError: there is none; the message lists the nearest ones.
+
+    >>> system("ddpm").papers[0].url
+    'https://arxiv.org/abs/2006.11239'
+    """
+    by_key = {entry.key: entry for entry in SYSTEMS}
+    if key not in by_key:
+        raise InputError(f"Unknown system {_shown(key)}. {_suggestion(key, by_key)}")
+    return by_key[key]
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        # A folder on the way is missing; any other missing module is a broken import of a file that exists.
+        if error.name and module.startswith(error.name + "."):
+            return False
+        raise
+
+
+def _shown(name: object) -> str:
+    text = repr(name)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _suggestion(name: object, known: dict[str, Any]) -> str:
+    """Name what was probably meant, whatever the case and the separators, or everything that is known."""
+
+    def plain(text: str) -> str:
+        return text.lower().replace("_", "").replace("-", "").replace(" ", "")
+
+    names = {plain(each): each for each in known}
+    near = difflib.get_close_matches(plain(name[:100]), names, n=3, cutoff=0.6) if isinstance(name, str) else []
+    if near:
+        return f"Did you mean {' or '.join(repr(names[each]) for each in near)}?"
+    return f"Known are: {', '.join(sorted(known))}."
