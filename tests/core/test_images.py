@@ -176,6 +176,7 @@ def test_damaged_files_only_ever_raise_input_errors(data: st.DataObject, form: s
         assert len(str(error)) > 20
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_only_ever_raise_input_errors(data: bytes) -> None:
     with pytest.raises(InputError):

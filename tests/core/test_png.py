@@ -63,6 +63,7 @@ def test_bytes_depend_on_pixels_and_text_only() -> None:
     assert read_png_text(png_bytes(noted)) == {}
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.from_regex(r"[A-Za-z][A-Za-z0-9_]{0,30}", fullmatch=True), st.text(max_size=50), max_size=4))
 def test_any_text_survives_or_is_refused(text: dict[str, str]) -> None:
     try:
@@ -156,7 +157,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
             read_png_text(path)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_damage_only_ever_raises_input_errors(data: st.DataObject) -> None:
     raw = bytearray(png_bytes(PICTURE, {"parameters": "x" * 30, "controlroom": "猫"}))
