@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from controlroom.core.errors import ModelError, OutputError
 from controlroom.training.checkpoint import ResumeError, checkpoints, modules_hash
 from controlroom.training.export import samples_seen
-from controlroom.training.loop import DivergedError, slots_of, train
+from controlroom.training.loop import DivergedError, train
+from controlroom.training.randomness import slots_of
 from controlroom.training.recipe import Losses
 from tests.training.toy_recipe import ToyRecipe, toy_settings
 
@@ -175,18 +176,64 @@ def test_changed_settings_are_refused(tmp_path: Path) -> None:
         train(other, toy_settings(tmp_path))
     with pytest.raises(ResumeError, match="resume is off"):
         train(ToyRecipe(), toy_settings(tmp_path), resume=False)
+    wider = ToyRecipe()
+    wider.net[4] = torch.nn.Linear(8, 6, bias=False)
+    with pytest.raises(
+        ResumeError, match=r"shapes of net.4.bias: \[6\] in the checkpoint, None now; trained: net.4.bias"
+    ):
+        train(wider, toy_settings(tmp_path))
     assert train(ToyRecipe(), toy_settings(tmp_path, log_every=1, keep_checkpoints=1)).finished
+
+
+def test_a_constant_rate_may_be_extended(tmp_path: Path) -> None:
+    parts = [
+        train(ToyRecipe(), toy_settings(tmp_path / "a", schedule="constant", total_steps=steps)) for steps in (4, 6)
+    ]
+    assert [(part.finished, part.step) for part in parts] == [(True, 4), (True, 6)]
+    whole = train(ToyRecipe(), toy_settings(tmp_path / "b", schedule="constant", total_steps=6))
+    assert_same(parts[-1].checkpoint, whole.checkpoint)
+
+
+def test_validation_and_export_on_the_way_change_nothing(tmp_path: Path) -> None:
+    class Validating(ToyRecipe):
+        def validate(self, step: int) -> dict[str, float]:
+            assert not self.net.training and not torch.is_grad_enabled()
+            averages.append(self.net.get_parameter("0.weight").clone())
+            return {"random": float(torch.rand(()))}
+
+    averages: list[torch.Tensor] = []
+    changes = {"validate_every": 5, "checkpoint_every_steps": 2, "export_with_checkpoint": True}
+    a = train(Validating(), toy_settings(tmp_path / "a", **changes))
+    b = train(ToyRecipe(), toy_settings(tmp_path / "b"))
+    assert_same(a.checkpoint, b.checkpoint)
+    assert len(averages) == 2
+    assert torch.equal(averages[-1], load_file(b.weights / "net.safetensors")["0.weight"])
+
+
+def test_a_recipe_may_correct_its_weights(tmp_path: Path) -> None:
+    class Pinned(ToyRecipe):
+        def after_step(self, step: int) -> None:
+            self.net.get_parameter("0.bias").zero_()
+
+    result = train(Pinned(), toy_settings(tmp_path))
+    saved = load_file(result.checkpoint / "weights.net.safetensors")
+    assert not saved["0.bias"].any() and saved["4.bias"].any()
 
 
 def test_start_from_continues_the_sample_counter(tmp_path: Path) -> None:
     first = train(ToyRecipe(), toy_settings(tmp_path / "a"))
     assert samples_seen(first.weights) == 40
-    recipe = ToyRecipe()
-    recipe.dataset_size = None  # type: ignore[assignment]  # endless: an index is a slot
+
+    class Endless(ToyRecipe):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dataset_size = None  # an index is then a slot
+
+    recipe = Endless()
     settings = toy_settings(tmp_path / "b", start_from=first.weights, total_steps=None, total_samples=50)
     result = train(recipe, settings)
     assert (result.step, result.samples) == (3, 52) and recipe.seen[0] == [40, 41, 42, 43]
-    again = train(ToyRecipe(), settings)  # finished already: nothing more to do
+    again = train(Endless(), settings)  # finished already: nothing more to do
     assert again.finished and again.samples == 52
 
 
@@ -210,7 +257,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
             train(ToyRecipe(), toy_settings(tmp_path))
             return super().loss(batch, step, rng)
 
-    with pytest.raises(OutputError, match="Another process"):
+    with pytest.raises(OutputError, match="Another process is at work"):
         train(Nested(), toy_settings(tmp_path))
 
 

@@ -30,7 +30,7 @@ class ToyRecipe:
             torch.manual_seed(3)
             self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.SiLU(), nn.Linear(8, 6))
             self.fixed = nn.Linear(6, 6)
-        self.dataset_size = 10
+        self.dataset_size: int | None = 10
         self.pause = pause
         self.seen: list[list[int]] = []
         self.noise: list[Tensor] = []

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,8 +151,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what a killed run left half-written. Only call while holding the lock of the run."""
-    for path in folder.glob("*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    for pattern in ("step-*.tmp", "weights*.tmp"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # -- tensors and files ------------------------------------------------------------------------------------------------
@@ -214,6 +216,8 @@ def file_hash(path: Path) -> str:
 
 def sync(path: Path) -> None:
     """Force a file or the entries of a folder to disk."""
+    if sys.platform == "win32" and path.is_dir():  # Windows opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

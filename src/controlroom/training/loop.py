@@ -10,15 +10,14 @@ A single process for now. The seam for several is `slots_of`: each takes its sha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from controlroom.core.errors import ControlRoomError, ModelError
 from controlroom.training.checkpoint import (
@@ -35,9 +34,11 @@ from controlroom.training.checkpoint import (
 )
 from controlroom.training.ema import Ema
 from controlroom.training.export import export_weights, samples_seen
+from controlroom.training.identity import identity_of, refuse_other_run, trained_parameters
+from controlroom.training.prefetch import batches_ahead
 from controlroom.training.progress import Progress
-from controlroom.training.randomness import DataOrder, StepRandom, seed_of
-from controlroom.training.recipe import AfterStep, Fingerprinted, FiniteData, Recipe, Reloads, Validates
+from controlroom.training.randomness import DataOrder, StepRandom, seed_of, slots_of
+from controlroom.training.recipe import AfterStep, FiniteData, Recipe, Reloads, Validates
 from controlroom.training.settings import TrainSettings, learning_rate_at
 from controlroom.training.stop import Clock, StopRequest, only_run_in
 
@@ -64,13 +65,6 @@ class TrainResult:
     @property
     def resumable(self) -> bool:
         return not self.finished
-
-
-def slots_of(step: int, batch_size: int, start_samples: int = 0, rank: int = 0, world: int = 1) -> range:
-    """The slots that process `rank` of `world` shows at a step; together they are the same for any `world`."""
-    share = batch_size // world
-    first = start_samples + step * batch_size + rank * share
-    return range(first, first + share)
 
 
 def train(recipe: Recipe[Any], settings: TrainSettings, *, resume: bool = True) -> TrainResult:
@@ -108,7 +102,7 @@ class _Run:
             module.requires_grad_(False).eval()
         for module in self.modules.values():
             module.train()
-        self.parameters = _trainable(self.modules, self.frozen)
+        self.parameters = trained_parameters(self.modules, self.frozen)
         self.device = next(iter(self.parameters.values())).device
         self.frozen_hash = modules_hash(self.frozen)
 
@@ -129,7 +123,7 @@ class _Run:
             self.start_samples = samples_seen(settings.start_from)
             recipe.load(settings.start_from)
         self.total_steps = settings.steps_from(self.start_samples)
-        self.identity = self._identity()
+        self.identity = identity_of(recipe, settings.trajectory(self.start_samples), self.parameters, self.frozen_hash)
 
         # -- optimizer, average, and what a checkpoint says of them --
         self.optimizer = torch.optim.AdamW(
@@ -141,7 +135,7 @@ class _Run:
             fused=True,
         )
         if checkpoint is not None:
-            _refuse_other_run(checkpoint.path, checkpoint.state["identity"], self.identity)
+            refuse_other_run(checkpoint.path, checkpoint.state["identity"], self.identity)
             for name, module in self.modules.items():
                 module.load_state_dict(checkpoint.weights[name])
             restore_optimizer(self.optimizer, self.parameters, checkpoint.optimizer)
@@ -177,7 +171,7 @@ class _Run:
     def go(self, stop: StopRequest) -> TrainResult:
         settings = self.settings
         reason = stop.reason
-        with _batches(self._batch, range(self.step, self.total_steps), settings.prefetch) as batches:
+        with batches_ahead(self._batch, range(self.step, self.total_steps), settings.prefetch) as batches:
             while self.step < self.total_steps and reason is None:
                 # -- one optimizer step --
                 batch = next(batches)
@@ -317,82 +311,10 @@ class _Run:
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint and the run that resumes it must agree on, as JSON."""
-        extra = self.recipe.fingerprint() if isinstance(self.recipe, Fingerprinted) else ""
-        shapes = {name: list(p.shape) for name, p in self.parameters.items()}
-        return {
-            **self.settings.trajectory(self.start_samples),
-            "recipe": self.recipe.name,
-            "recipe fingerprint": extra,
-            "frozen weights": self.frozen_hash,
-            "parameters": shapes,
-        }
-
     def _check_frozen(self) -> None:
         if modules_hash(self.frozen) != self.frozen_hash:
             names = ", ".join(self.frozen)
             raise ModelError(f"A frozen module ({names}) of recipe {self.recipe.name!r} moved; this run was not saved.")
-
-
-def _trainable(modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Parameters that require a gradient, by `module.path`, each once. Raises ModelError as `train` says."""
-    fixed = {id(p) for module in frozen.values() for p in module.parameters()}
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for module_name, module in modules.items():
-        for name, parameter in module.named_parameters():
-            full = f"{module_name}.{name}"
-            if id(parameter) in fixed:
-                raise ModelError(f"{full} is in modules() and in frozen(); a parameter either trains or does not.")
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            if parameter.dtype != torch.float32:
-                raise ModelError(
-                    f"{full} is {parameter.dtype}; weights that train are float32 (mixed_precision casts)."
-                )
-            seen.add(id(parameter))
-            found[full] = parameter
-    if not found:
-        raise ModelError("The recipe trains nothing: no parameter in modules() requires a gradient.")
-    return found
-
-
-def _refuse_other_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if not changed:
-        return
-    listed = "; ".join(
-        f"{key}: {_short(before.get(key))} in the checkpoint, {_short(now.get(key))} now" for key in changed
-    )
-    raise ResumeError(
-        f"{path} cannot be resumed, because the run changed ({listed}). Give the former values, or another output_dir "
-        f"with start_from={path.parent / 'weights'} to continue from its weights with a fresh optimizer."
-    )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-@contextmanager
-def _batches(make: Callable[[int], Any], steps: range, prefetch: bool) -> Iterator[Iterator[Any]]:
-    """Batches of the steps in order; with `prefetch`, the next one is made in a thread meanwhile."""
-    if not prefetch:
-        yield map(make, steps)
-        return
-    with ThreadPoolExecutor(1, "batch") as pool:
-
-        def ahead() -> Iterator[Any]:
-            waiting = None
-            for step in steps:
-                current = pool.submit(make, step) if waiting is None else waiting
-                result = current.result()
-                waiting = pool.submit(make, step + 1) if step + 1 in steps else None
-                yield result
-
-        yield ahead()
 
 
 @contextmanager

@@ -21,6 +21,13 @@ def seed_of(seed: int, number: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
+def slots_of(step: int, batch_size: int, start_samples: int = 0, rank: int = 0, world: int = 1) -> range:
+    """The slots that process `rank` of `world` shows at a step; together they are the same for any `world`."""
+    share = batch_size // world
+    first = start_samples + step * batch_size + rank * share
+    return range(first, first + share)
+
+
 class StepRandom:
     """Random numbers for the samples of one batch, drawn sample by sample on the CPU.
 

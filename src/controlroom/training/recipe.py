@@ -63,8 +63,8 @@ class Recipe(Protocol[Batch]):
 class FiniteData(Protocol):
     """Data of a known size, shown in epochs."""
 
-    dataset_size: int
-    """Number of samples of a finite dataset."""
+    dataset_size: int | None
+    """Number of samples of a finite dataset; None if it is endless."""
 
 
 @runtime_checkable

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -68,12 +68,14 @@ def only_run_in(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error}. Give another output_dir.") from error
+        raise OutputError(f"{folder} cannot be written: {error}. Give another folder.") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(
-                f"Another process is training in {folder}. Stop it, or give another output_dir."
-            ) from error
+        if sys.platform != "win32":  # Windows has no such lock; there two runs in one folder are not noticed
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                text = f"Another process is at work in {folder}. Stop it, or give another folder."
+                raise OutputError(text) from error
         yield
