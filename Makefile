@@ -44,6 +44,7 @@ clean:  ## remove caches and outputs; the environment stays
 # torch first and alone, by its plain version: that takes the CPU build where one lies on the machine.
 $(LOCKED): requirements/lock.txt
 	@test -n "$(BASE_PYTHON)" || { echo "controlroom needs Python 3.11 or newer; none was found. Set BASE_PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "making the environment in .venv (about a minute, 1.5 GB)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(BASE_PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet "$$(grep '^torch==' requirements/lock.txt)"
 	$(PY) -m pip install --quiet -r requirements/lock.txt
