@@ -128,7 +128,8 @@ def mix(first: RGB, second: RGB, share: float) -> RGB:
 
 
 def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, rx: float, ry: float, fill: RGB | int) -> None:
-    draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=fill)
+    if rx >= 0 and ry >= 0:
+        draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=fill)
 
 
 def fill_shape(

@@ -1,0 +1,72 @@
+"""Trains the theatre's models, one stage at a time: ``python -m controlroom.training.theatre STAGE``.
+
+Each stage is a recipe with the settings that made the shipped weights. It resumes where it was stopped; the weights it
+exports go to ``runs/theatre/STAGE/weights``, from where they are looked at, measured and copied into the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from controlroom.training.loop import train
+from controlroom.training.recipe import Recipe
+from controlroom.training.settings import TrainSettings
+
+RUNS = Path("runs/theatre")
+
+
+def _autoencoder() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_autoencoder import TheatreAutoencoder
+
+    return TheatreAutoencoder()
+
+
+STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
+    "autoencoder": (
+        _autoencoder,
+        {
+            "batch_size": 16,
+            "total_steps": 3600,
+            "learning_rate": 2e-3,
+            "schedule": "cosine",
+            "final_fraction": 0.02,
+            "warmup_steps": 100,
+            "weight_decay": 0.0,
+            "betas": (0.9, 0.99),
+            "ema_decay": 0.995,
+            "mixed_precision": "bf16",
+            "validate_every": 300,
+        },
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=sorted(STAGES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=None, help="stop after so long, with a checkpoint")
+    parser.add_argument("--steps", type=int, default=None, help="instead of the stage's number of steps")
+    parser.add_argument("--start-from", type=Path, default=None, help="exported weights to continue from")
+    parser.add_argument("--output", type=Path, default=None)
+    arguments = parser.parse_args()
+    make, values = STAGES[arguments.stage]
+    values = dict(values)
+    if arguments.steps is not None:
+        values["total_steps"] = arguments.steps
+    settings = TrainSettings(
+        output_dir=arguments.output or RUNS / arguments.stage,
+        threads=arguments.threads,
+        stop_after_seconds=None if arguments.minutes is None else arguments.minutes * 60,
+        start_from=arguments.start_from,
+        prefetch=True,
+        **values,
+    )
+    train(make(), settings)
+
+
+if __name__ == "__main__":
+    main()
