@@ -44,6 +44,14 @@ def test_round_trip(tmp_path: Path) -> None:
     assert torch.equal(loaded.ema["part"], part) and loaded.optimizer["scalar|step"].shape == ()
 
 
+def test_a_whole_checkpoint_is_never_replaced(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    before = (path / "manifest.json").read_bytes()
+    assert write(tmp_path, 1) == path and (path / "manifest.json").read_bytes() == before
+    (path / "ema.safetensors").unlink()
+    assert write(tmp_path, 1) == path and problem_of(path) is None
+
+
 @pytest.mark.parametrize("name", ["weights.net.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
 def test_any_damage_is_found_and_set_aside(tmp_path: Path, name: str, how: str) -> None:

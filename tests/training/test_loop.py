@@ -18,7 +18,7 @@ from controlroom.core.errors import ModelError, OutputError
 from controlroom.training.checkpoint import ResumeError, checkpoints, modules_hash
 from controlroom.training.export import samples_seen
 from controlroom.training.loop import DivergedError, train
-from controlroom.training.randomness import slots_of
+from controlroom.training.randomness import DataOrder, StepRandom, slots_of
 from controlroom.training.recipe import Losses
 from tests.training.toy_recipe import ToyRecipe, toy_settings
 
@@ -243,6 +243,40 @@ def test_each_epoch_shows_everything_once(tmp_path: Path) -> None:
     shown = [i for batch in recipe.seen for i in batch]
     epochs = [shown[0:10], shown[10:20], shown[20:30], shown[30:40]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len({tuple(e) for e in epochs}) == 4
+
+
+def test_a_step_equals_the_published_equations(tmp_path: Path) -> None:
+    """Clip by global norm, AdamW with decoupled decay and bias correction, average with warm-up: written out here."""
+    changes = {"total_steps": 6, "clip_grad_norm": 0.3, "weight_decay": 0.1, "schedule": "linear", "ema_decay": 0.3}
+    settings = toy_settings(tmp_path, **changes)
+    recipe, twin = ToyRecipe(), ToyRecipe()
+    for net in (recipe.net, twin.net):
+        net[1] = torch.nn.Identity()  # after it a bias has no gradient but rounding, which Adam magnifies
+        net[2] = torch.nn.Identity()  # dropout is seeded by the loop
+    train(recipe, settings)
+    order = DataOrder(settings.seed, 10)
+    values = list(twin.net.parameters())
+    first, second = [torch.zeros_like(p) for p in values], [torch.zeros_like(p) for p in values]
+    average = [p.detach().clone() for p in values]
+    for step, rate in enumerate([0.005, 0.01, 0.01, 0.0075, 0.005, 0.0025]):
+        slots = range(4 * step, 4 * step + 4)
+        loss = twin.loss(twin.batch(order.indices(slots), step), step, StepRandom(settings.seed, step, slots)).total
+        gradients = torch.autograd.grad(loss, values)
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        assert norm > 0.3  # so that clipping is seen
+        decay = min(0.3, (1 + step) / (10 + step))
+        for p, g, m, v, a in zip(values, gradients, first, second, average, strict=True):
+            g = g * 0.3 / norm
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.999).add_(0.001 * g * g)
+            corrected = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            p.data.copy_(p.data * (1 - rate * 0.1) - rate * corrected)
+            a.copy_(decay * a + (1 - decay) * p.data)
+    for p, q in zip(recipe.net.parameters(), values, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    exported = load_file(tmp_path / "weights" / "net.safetensors")
+    for (name, _), a in zip(twin.net.named_parameters(), average, strict=True):
+        torch.testing.assert_close(exported[name], a, rtol=1e-4, atol=1e-5)
 
 
 def test_slots_of_a_step_do_not_depend_on_the_number_of_processes() -> None:

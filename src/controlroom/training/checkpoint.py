@@ -56,10 +56,17 @@ def save_checkpoint(
     ema: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
 ) -> Path:
-    """Write `folder/step-N` and return its path. Raises OutputError, leaving nothing, if it cannot be written."""
+    """Write `folder/step-N` and return its path; a whole one of that step is left (runs are deterministic).
+
+    Raises OutputError, leaving nothing half-written, if it cannot be written.
+    """
     final = folder / f"step-{step:08d}"
     beside = final.with_name(final.name + ".tmp")
     try:
+        if final.exists():  # a run that ends on the step it resumed from; replacing it would risk the only copy
+            if problem_of(final) is None:
+                return final
+            shutil.rmtree(final)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         for name, module in modules.items():
@@ -71,8 +78,6 @@ def save_checkpoint(
         (beside / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
         for path in (*beside.iterdir(), beside):
             sync(path)
-        if final.exists():  # the same step again, as after a time box that ended on a checkpoint
-            shutil.rmtree(final)
         beside.rename(final)
         sync(folder)
     except (OSError, SafetensorError) as error:
