@@ -14,20 +14,35 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from controlroom.catalog import control_class as control_class
+    from controlroom.core.control import Control as Control
     from controlroom.core.errors import ConflictError as ConflictError
     from controlroom.core.errors import ControlRoomError as ControlRoomError
     from controlroom.core.errors import InputError as InputError
     from controlroom.core.errors import ModelError as ModelError
     from controlroom.core.errors import OutputError as OutputError
+    from controlroom.core.result import RunResult as RunResult
+    from controlroom.core.spec import RunSpec as RunSpec
+    from controlroom.sampling.pipeline import Pipeline as Pipeline
+    from controlroom.sampling.pipeline import execute as execute
+    from controlroom.sampling.pipeline import explain as explain
+    from controlroom.sampling.pipeline import replay as replay
 
 # Public name -> the module that defines it. One line for each, in the order of the alphabet within a room.
 _EXPORTS: dict[str, str] = {
     # core
     "ConflictError": "controlroom.core.errors",
+    "Control": "controlroom.core.control",
     "ControlRoomError": "controlroom.core.errors",
     "InputError": "controlroom.core.errors",
     "ModelError": "controlroom.core.errors",
     "OutputError": "controlroom.core.errors",
+    "RunResult": "controlroom.core.result",
+    "RunSpec": "controlroom.core.spec",
+    # sampling
+    "Pipeline": "controlroom.sampling.pipeline",
+    "execute": "controlroom.sampling.pipeline",
+    "explain": "controlroom.sampling.pipeline",
+    "replay": "controlroom.sampling.pipeline",
     # catalogue
     "control_class": "controlroom.catalog",
 }

@@ -1,0 +1,406 @@
+"""The one attention dispatcher: carries out what controls recorded, and leaves no trace.
+
+A processor is put only on the layers where some control of the run acts, and the layer's own processor is put back when
+the run ends. A layer for which nothing was recorded runs its own processor, bit for bit. Operations and their order:
+`controlroom.core.attention`.
+
+Numerics: scaled-dot-product attention as diffusers' `AttnProcessor2_0`, in float32 where the checkpoint asks for
+``upcast_attention`` (diffusers' processor ignores that); probabilities in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from controlroom.core.attention import AttentionCall, Extension, FeatureCall, Operations, Stream, ValueTerm
+from controlroom.core.branch import Layout
+from controlroom.core.control import Control
+from controlroom.core.errors import ModelError
+from controlroom.core.sites import Site
+from controlroom.core.step import Step
+
+_PLAIN = {"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"}
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Which pass is running: its step, its rows, its phase, and who acts at which site."""
+
+    step: Step
+    layout: Layout
+    phase: str
+    attention: Mapping[str, Sequence[Control]]
+    features: Mapping[str, Sequence[Control]]
+
+
+class Dispatcher:
+    """Puts processors and hooks on a network for the time of a run.
+
+    Args:
+        unet: the network.
+        attention: sites where some control acts.
+        features: sites where some control reads or writes a feature.
+
+    Raises:
+        ModelError: a layer carries a processor of another library that changes what it computes.
+    """
+
+    def __init__(self, unet: Any, attention: Sequence[Site], features: Sequence[Site]) -> None:
+        self.binding: Binding | None = None
+        modules = dict(unet.named_modules())
+        self._attention = [(modules[site.name], site) for site in attention]
+        self._features = [(modules[site.name], site) for site in features]
+        for layer, site in self._attention:
+            name = type(layer.processor).__name__
+            if name not in _PLAIN:
+                raise ModelError(
+                    f"{site.name} carries the processor {name}, which controls cannot be combined with. Take it "
+                    "out first (pipe.unload_ip_adapter(), unet.set_default_attn_processor()) and use the control of "
+                    "that name here."
+                )
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put processors and hooks in place; on the way out everything is as before."""
+        originals = [(layer, layer.processor) for layer, _ in self._attention]
+        handles = []
+        try:
+            for layer, site in self._attention:
+                layer.processor = _Processor(self, site, layer.processor)
+            for module, site in self._features:
+                handles.append(module.register_forward_hook(self._hook(site)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer, processor in originals:
+                layer.processor = processor
+            self.binding = None
+
+    @contextmanager
+    def bound(self, binding: Binding) -> Iterator[None]:
+        """Let the controls of a pass act while the network runs."""
+        outer, self.binding = self.binding, binding
+        try:
+            yield
+        finally:
+            self.binding = outer
+
+    def _hook(self, site: Site) -> Callable[[Any, tuple[Any, ...], Any], Any]:
+        def hook(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+            binding = self.binding
+            controls = binding.features.get(site.name, ()) if binding is not None else ()
+            if binding is None or not controls:
+                return None
+            hidden = output[0] if isinstance(output, tuple) else output
+            changed = False
+            for control in controls:
+                call = FeatureCall(site, binding.step, binding.layout, binding.phase, inputs[0], hidden)
+                result = control.feature(call)
+                if result is not None:
+                    hidden, changed = result, True
+            if not changed:
+                return None
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+
+class _Processor:
+    """Stands in for a layer's processor while a run lasts."""
+
+    def __init__(self, dispatcher: Dispatcher, site: Site, original: Any) -> None:
+        self.dispatcher, self.site, self.original = dispatcher, site, original
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        binding = self.dispatcher.binding
+        controls = binding.attention.get(self.site.name, ()) if binding is not None else ()
+        if binding is not None and controls:
+            hidden = _tokens(attn, hidden_states, temb)
+            context = encoder_hidden_states
+            if context is not None and attn.norm_cross:
+                context = attn.norm_encoder_hidden_states(context)
+            call = AttentionCall(self.site, binding.step, binding.layout, binding.phase, hidden, context, attn.heads)
+            for control in controls:
+                control.attention(call)
+            if not call.operations.empty:
+                out = attend(attn, call, attention_mask)
+                return _finish(attn, out, hidden_states)
+        return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+
+
+def _tokens(attn: Any, hidden: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
+    """[rows, tokens, channels] as the projections get them."""
+    if attn.spatial_norm is not None:
+        hidden = attn.spatial_norm(hidden, temb)
+    if hidden.ndim == 4:
+        hidden = hidden.flatten(2).transpose(1, 2)
+    if attn.group_norm is not None:
+        hidden = attn.group_norm(hidden.transpose(1, 2)).transpose(1, 2)
+    return hidden
+
+
+def _finish(attn: Any, out: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    out = attn.to_out[1](attn.to_out[0](out))
+    if residual.ndim == 4:
+        out = out.transpose(-1, -2).reshape(residual.shape[0], -1, *residual.shape[2:])
+    if attn.residual_connection:
+        out = out + residual
+    return out / attn.rescale_output_factor
+
+
+def attend(attn: Any, call: AttentionCall, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Carry out the recorded operations: [rows, tokens, heads * width] before the output projection."""
+    return _Attend(attn, call, attention_mask).run()
+
+
+class _Attend:
+    """One execution of the operations, stage by stage."""
+
+    def __init__(self, attn: Any, call: AttentionCall, attention_mask: torch.Tensor | None) -> None:
+        self.attn, self.call, self.layout = attn, call, call.layout
+        self.operations: Operations = call.operations
+        self.heads: int = attn.heads
+        hidden = call.hidden
+        context = hidden if call.context is None else call.context
+        self.dtype = hidden.dtype
+        self.q = self.split(attn.to_q(hidden))
+        self.k = self.split(attn.to_k(context))
+        self.v = self.split(attn.to_v(context))
+        if attn.norm_q is not None:
+            self.q = attn.norm_q(self.q)
+        if attn.norm_k is not None:
+            self.k = attn.norm_k(self.k)
+        self.mask = None
+        if attention_mask is not None:
+            prepared = attn.prepare_attention_mask(attention_mask, context.shape[1], hidden.shape[0])
+            self.mask = prepared.view(hidden.shape[0], self.heads, -1, prepared.shape[-1])
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, tokens, heads * width] -> [rows, heads, tokens, width]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def run(self) -> torch.Tensor:
+        self.affine()
+        operations = self.operations
+        self.branch_qkv: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
+        if operations.splits:
+            for name in self.layout.names:
+                self.branch_qkv[name] = self.of_branch(name)
+            out = self.attend_apart()
+        else:
+            out = self.sdpa(self.q, self.k, self.v, self.mask)
+        for reader in operations.readers:
+            reader.sink(self.probabilities(reader.branch, reader.edited))
+        for name, streams in operations.streams.items():
+            out = self.replace_rows(out, name, self.with_streams(name, out[self.layout.rows(name)], streams))
+        for name in operations.identities:
+            out = self.replace_rows(out, name, self.values_of(name))
+        return out.transpose(1, 2).flatten(2).to(self.dtype)
+
+    # affine
+
+    def affine(self) -> None:
+        for operand, name, function in self.operations.affines:
+            whole: torch.Tensor = getattr(self, operand)
+            rows = self.layout.rows(name)
+
+            def lookup(branch: str, whole: torch.Tensor = whole) -> torch.Tensor:
+                return whole[self.layout.rows(branch)]
+
+            setattr(self, operand, self.replace_rows(whole, name, function(whole[rows], lookup)))
+
+    def replace_rows(self, whole: torch.Tensor, name: str, part: torch.Tensor) -> torch.Tensor:
+        """A new tensor with a branch's rows replaced; out of place, so that gradients and readers stay right."""
+        rows = self.layout.rows(name)
+        part = part.to(whole.dtype).expand_as(whole[rows])
+        return torch.cat([whole[: rows.start], part, whole[rows.stop :]])
+
+    # route, extend, bias
+
+    def of_branch(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Queries, keys, values and bias with which a branch attends."""
+        routes = self.operations.routes.get(name, {})
+        q = self.rows_from(self.q, routes.get("q", name), name)
+        k = self.rows_from(self.k, routes.get("k", name), name)
+        v = self.rows_from(self.v, routes.get("v", name), name)
+        bias = None if self.mask is None else self.mask[self.layout.rows(name)]
+        own = self.operations.biases.get(name)
+        if own is not None:
+            bias = own.to(q) if bias is None else bias + own.to(q)
+        for extension in self.operations.extensions.get(name, ()):
+            k, v, bias = self.extended(name, q, k, v, bias, extension)
+        return q, k, v, bias
+
+    def rows_from(self, whole: torch.Tensor, source: str, name: str) -> torch.Tensor:
+        part = whole[self.layout.rows(source)]
+        return part if source == name else self.match(part, name)
+
+    def match(self, part: torch.Tensor, name: str) -> torch.Tensor:
+        """Rows of another branch, one for each row of ``name``."""
+        size = self.layout.size(name)
+        if part.shape[0] not in (1, size):
+            raise ValueError(f"{part.shape[0]} rows cannot be given to the {size} rows of branch {name!r}")
+        return part.expand(size, *part.shape[1:])
+
+    def extended(
+        self,
+        name: str,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor | None,
+        extension: Extension,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        if extension.branch is not None:
+            rows = self.layout.rows(extension.branch)
+            more_k, more_v = self.k[rows], self.v[rows]
+        elif extension.tokens is not None:
+            tokens = extension.tokens.to(self.dtype)
+            more_k, more_v = self.split(self.attn.to_k(tokens)), self.split(self.attn.to_v(tokens))
+        else:
+            assert extension.k is not None and extension.v is not None
+            more_k, more_v = self.split(extension.k.to(self.dtype)), self.split(extension.v.to(self.dtype))
+        more_k, more_v = self.match(more_k, name), self.match(more_v, name)
+        more_bias = None if extension.bias is None else extension.bias.to(q)
+        if extension.weight != 1.0:
+            shift = math.log(extension.weight)
+            more_bias = q.new_full((1, 1, 1, 1), shift) if more_bias is None else more_bias + shift
+        if bias is not None or more_bias is not None:
+            length, more = k.shape[2], more_k.shape[2]
+            left = q.new_zeros(1, 1, 1, 1) if bias is None else bias
+            right = q.new_zeros(1, 1, 1, 1) if more_bias is None else more_bias
+            left, right = _four(left), _four(right)
+            shape = torch.broadcast_shapes(left.shape[:3], right.shape[:3])
+            bias = torch.cat([left.expand(*shape, length), right.expand(*shape, more)], dim=-1)
+        return torch.cat([k, more_k], dim=2), torch.cat([v, more_v], dim=2), bias
+
+    # mix_values and attention
+
+    def attend_apart(self) -> torch.Tensor:
+        """Attention branch by branch; branches with as many keys share a call."""
+        outs: dict[str, torch.Tensor] = {}
+        groups: dict[tuple[int, bool], list[str]] = {}
+        for name, (_, k, _, bias) in self.branch_qkv.items():
+            if name in self.operations.mixes:
+                outs[name] = self.mixed(name, self.operations.mixes[name])
+            else:
+                groups.setdefault((k.shape[2], bias is None), []).append(name)
+        for (_, free), names in groups.items():
+            parts = [self.branch_qkv[name] for name in names]
+            q, k, v = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
+            bias = None
+            if not free:
+                shape = (self.heads, q.shape[2], k.shape[2])
+                bias = torch.cat([_four(p[3]).expand(p[0].shape[0], *shape) for p in parts if p[3] is not None])
+            joined = self.sdpa(q, k, v, bias)
+            outs.update(zip(names, joined.split([part[0].shape[0] for part in parts]), strict=True))
+        return torch.cat([outs[name] for name in self.layout.names])
+
+    def mixed(self, name: str, terms: tuple[ValueTerm, ...]) -> torch.Tensor:
+        """Sum over terms of P(source) · matrix · (weights ⊙ V(branch))."""
+        own = self.branch_qkv[name][2]
+        total: torch.Tensor | None = None
+        for term in terms:
+            q, k, _, bias = self.branch_qkv[term.source]
+            q, k = self.match(q, name), self.match(k, name)
+            value = own
+            if term.weights is not None:
+                value = term.weights.to(own).reshape(-1, 1, own.shape[2], 1) * value
+            if term.matrix is not None:
+                value = term.matrix.to(own).reshape(-1, 1, *term.matrix.shape[-2:]) @ value
+            out = self.sdpa(q, k, value, bias)
+            total = out if total is None else total + out
+        assert total is not None, "mix_values needs at least one term"
+        return total
+
+    def sdpa(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.attn.upcast_attention and q.dtype != torch.float32:
+            q, k, v = q.float(), k.float(), v.float()
+        bias = None if bias is None else _four(bias).to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=0.0, is_causal=False)
+
+    # probabilities
+
+    def probabilities(self, name: str, edited: bool) -> torch.Tensor:
+        """[rows, heads, queries, keys] in float32, as the branch attends."""
+        mix = self.operations.mixes.get(name) if edited else None
+        if mix is None:
+            return self.softmax(name, name)
+        length = self.branch_qkv[name][2].shape[2]
+        total: torch.Tensor | None = None
+        for term in mix:
+            part = self.softmax(term.source, name)
+            if term.matrix is not None:
+                part = part @ term.matrix.to(part).reshape(-1, 1, *term.matrix.shape[-2:])
+            if term.weights is not None:
+                part = part * term.weights.to(part).reshape(-1, 1, 1, length)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def softmax(self, source: str, name: str) -> torch.Tensor:
+        if self.branch_qkv:
+            q, k, _, bias = self.branch_qkv[source]
+        else:
+            rows = self.layout.rows(source)
+            q, k, bias = self.q[rows], self.k[rows], None if self.mask is None else self.mask[rows]
+        logits = (q.float() @ k.float().transpose(-1, -2)) * self.attn.scale
+        if bias is not None:
+            logits = logits + _four(bias).float()
+        return self.match(logits.softmax(-1), name)
+
+    # stream and identity
+
+    def with_streams(self, name: str, out: torch.Tensor, streams: list[Stream]) -> torch.Tensor:
+        q = self.branch_qkv[name][0] if self.branch_qkv else self.q[self.layout.rows(name)]
+        replaced: torch.Tensor | float = 0.0
+        added: torch.Tensor | float = 0.0
+        for stream in streams:
+            k, v = (self.match(self.split(part.to(self.dtype)), name) for part in (stream.k, stream.v))
+            part = self.sdpa(q, k, v, None if stream.bias is None else stream.bias.to(q))
+            factor: torch.Tensor | float = stream.scale
+            if isinstance(factor, torch.Tensor):
+                factor = _per_query(factor.to(part))
+            if stream.query_mask is not None:
+                factor = _per_query(stream.query_mask.to(part)) * factor
+            added = added + factor * part
+            if stream.mode == "replace":
+                replaced = replaced + factor
+        if isinstance(replaced, torch.Tensor) or replaced != 0.0:
+            out = out * (1 - replaced)
+        return out + added
+
+    def values_of(self, name: str) -> torch.Tensor:
+        rows = self.operations.routes.get(name, {}).get("v", name)
+        return self.match(self.v[self.layout.rows(rows)], name)
+
+
+def _per_query(x: torch.Tensor) -> torch.Tensor:
+    """[queries], [rows, queries], [rows, queries, 1] or a scalar -> broadcastable to [rows, heads, queries, width]."""
+    if x.ndim == 0:
+        return x
+    if x.ndim == 3:
+        x = x[..., 0]
+    return x.reshape(-1, 1, x.shape[-1], 1)
+
+
+def _four(bias: torch.Tensor) -> torch.Tensor:
+    """Leading dimensions of 1, so that a bias has [rows, heads, queries, keys]."""
+    return bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))

@@ -1,0 +1,114 @@
+"""The plan of a run: which controls act, which branches and states exist, and which rows go into which pass.
+
+Everything here is known before the run; `controlroom.sampling.plan` builds it and ``explain`` prints it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from controlroom.core.branch import IMAGE, Branch, Layout, State, Views
+from controlroom.core.control import Control, Declaration, Outline
+
+
+@dataclass(frozen=True)
+class PlannedControl:
+    """A control that acts in the run."""
+
+    control: Control
+    label: str
+    declaration: Declaration
+    steps: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen.
+
+    Attributes:
+        outline: what the controls were told.
+        controls: those that act, in the caller's order.
+        dropped: label and reason of those that would change nothing.
+        states: by name; ``image`` first.
+        branches: by name, in the order of their rows.
+        owners: name of a branch -> index of the control that declared it; absent for ``uncond`` and ``cond``.
+        warnings: orders that matter.
+        views: how the canvas is seen, or None.
+        strength: share of the schedule that is run.
+        channels: input channels that a control supplies.
+    """
+
+    outline: Outline
+    controls: tuple[PlannedControl, ...]
+    dropped: tuple[tuple[str, str], ...]
+    states: dict[str, State]
+    branches: dict[str, Branch]
+    owners: dict[str, int]
+    warnings: tuple[str, ...] = ()
+    views: Views | None = None
+    strength: float | None = None
+    channels: int = 0
+    _layouts: dict[frozenset[str], tuple[Layout, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def n(self) -> int:
+        """Number of steps."""
+        return self.outline.steps
+
+    @cached_property
+    def indices(self) -> dict[int, int]:
+        """Identity of a control -> its index in `controls`."""
+        return {id(entry.control): index for index, entry in enumerate(self.controls)}
+
+    def active(self, i: int) -> tuple[PlannedControl, ...]:
+        """Controls whose window holds step i, in the caller's order."""
+        return tuple(entry for entry in self.controls if i in entry.steps)
+
+    def rows_of(self, branch: str) -> int:
+        """Number of rows of a branch: those of its state, times the views of the canvas."""
+        state = self.states[self.branches[branch].state]
+        rows = self.outline.images if state.rows is None else state.rows
+        return rows * self.views.count if self.views is not None and state.name == IMAGE else rows
+
+    def hw_of(self, branch: str) -> tuple[int, int]:
+        """Latent height and width of a branch's rows."""
+        state = self.states[self.branches[branch].state]
+        if self.views is not None and state.name == IMAGE:
+            return self.views.hw
+        return state.hw or self.outline.latent[1:]
+
+    def running(self, i: int) -> tuple[str, ...]:
+        """Branches that run at step i, in the order of their rows."""
+        return tuple(name for name in self.branches if self._runs(name, i))
+
+    def _runs(self, name: str, i: int) -> bool:
+        branch = self.branches[name]
+        if branch.steps is not None:
+            return i in branch.steps
+        owner = self.owners.get(name)
+        solved = self.states[branch.state].advance == "solver" and branch.state != IMAGE
+        return owner is None or solved or i in self.controls[owner].steps
+
+    def closure(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The branches and all that they need, in the order of their rows."""
+        wanted = set(names)
+        frontier = list(names)
+        while frontier:
+            for need in self.branches[frontier.pop()].needs:
+                if need not in wanted:
+                    wanted.add(need)
+                    frontier.append(need)
+        return tuple(name for name in self.branches if name in wanted)
+
+    def layouts(self, names: tuple[str, ...]) -> tuple[Layout, ...]:
+        """Passes for these branches: one for each pair of weights and latent size, rows as static slices."""
+        key = frozenset(names)
+        if key not in self._layouts:
+            groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
+            for name in self.branches:
+                if name in key:
+                    groups.setdefault((self.branches[name].weights, self.hw_of(name)), []).append(name)
+            packs = (Layout((name, self.rows_of(name)) for name in group) for group in groups.values())
+            self._layouts[key] = tuple(packs)
+        return self._layouts[key]

@@ -1,0 +1,134 @@
+"""The manifest of a run, the text of its PNGs, and reading both back.
+
+A PNG carries ``controlroom`` (JSON: the specification, which picture of the run it is, hashes of the inputs, versions)
+and ``parameters`` (the line that AUTOMATIC1111's web UI and its successors write and read). Neither holds a time or a
+path of this machine beyond what the specification names, so that a replay is the same file, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from controlroom.core import inputs
+from controlroom.core.errors import InputError
+from controlroom.core.png import read_png_text
+from controlroom.core.run import Run
+from controlroom.core.spec import RunSpec
+
+KEY = "controlroom"
+
+
+def manifest_of(run: Run, spec: RunSpec, cancelled: bool, reasons: tuple[str, ...]) -> dict[str, Any]:
+    """The run as data; see `RunResult.manifest`."""
+    data = spec.to_data()
+    why = [*reasons, *_omitted(data)]
+    if cancelled:
+        why.append("the run was cancelled before its last step")
+    return {
+        "spec": data,
+        "backbone": run.backbone.name,
+        "seeds": list(run.streams.seeds),
+        "cost": run.cost.as_dict(),
+        "warnings": list(run.plan.warnings),
+        "dropped": dict(run.plan.dropped),
+        "inputs": inputs.hash_inputs({"controls": data.get("controls", [])}),
+        "versions": versions(),
+        "cancelled": cancelled,
+        "replayable": not why,
+        "reasons": why,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    import diffusers
+    import torch
+
+    import controlroom
+
+    return {"controlroom": controlroom.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def png_text(manifest: dict[str, Any], run: Run, spec: RunSpec, index: int) -> dict[str, str]:
+    """Text chunks of picture ``index``."""
+    kept = {key: manifest[key] for key in ("spec", "inputs", "versions", "seeds", "replayable", "reasons")}
+    content = json.dumps({**kept, "index": index}, ensure_ascii=False, sort_keys=True)
+    return {"parameters": parameters_line(run, spec, index), KEY: content}
+
+
+def parameters_line(run: Run, spec: RunSpec, index: int) -> str:
+    """Prompt, negative prompt and settings as AUTOMATIC1111's web UI writes them."""
+    negative = run.negative_prompts[index]
+    height, width = run.size
+    settings = {
+        "Steps": spec.num_inference_steps,
+        "Sampler": spec.scheduler or type(run.scheduler).__name__.removesuffix("Scheduler"),
+        "CFG scale": spec.guidance_scale,
+        "Seed": run.streams.seeds[index],
+        "Size": f"{width}x{height}",
+        "Model": os.path.basename(spec.model) or spec.model,
+        "Version": f"controlroom {versions()['controlroom']}",
+    }
+    lines = [run.prompts[index]]
+    if negative:
+        lines.append(f"Negative prompt: {negative}")
+    lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a PNG says of the run that drew it.
+
+    Attributes:
+        spec: the run.
+        index: which of its pictures this is.
+        manifest: all that was recorded.
+    """
+
+    spec: RunSpec
+    index: int
+    manifest: dict[str, Any]
+
+
+def read_recorded(path: str | os.PathLike[str]) -> Recorded:
+    """Read the run out of a PNG.
+
+    Raises:
+        InputError: not a PNG of controlroom, one that cannot be replayed, or inputs that have changed since.
+    """
+    text = read_png_text(path)
+    if KEY not in text:
+        hint = " It has a parameters line of another program." if "parameters" in text else ""
+        raise InputError(f"{os.fspath(path)!r} carries no run of controlroom.{hint} Give a PNG that controlroom wrote.")
+    try:
+        data = json.loads(text[KEY])
+        index, stored = int(data["index"]), data["spec"]
+        hashes = dict(data.get("inputs", {}))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"The run in {os.fspath(path)!r} is damaged ({error}). Give an undamaged PNG.") from error
+    if not data.get("replayable", True):
+        raise InputError(f"{os.fspath(path)!r} cannot be drawn again: {'; '.join(map(str, data.get('reasons', [])))}.")
+    for where, entry in hashes.items():
+        now = inputs.file_hash(str(entry.get("path", ""))) if isinstance(entry, dict) else None
+        if now is None:
+            raise InputError(f"The input {where} of this run, {entry['path']!r}, is not there. Put it back.")
+        if now != entry.get("sha256"):
+            raise InputError(
+                f"The input {where} of this run, {entry['path']!r}, has changed since. Put the old one back."
+            )
+    return Recorded(RunSpec.from_data(stored), index, data)
+
+
+def _omitted(data: Any, where: str = "") -> list[str]:
+    """Inputs that were too large to be stored."""
+    if isinstance(data, dict):
+        if "$omitted" in data:
+            return [f"{where} was a {data['$omitted']} given in memory, too large to store"]
+        return [line for key, item in data.items() for line in _omitted(item, f"{where}.{key}" if where else str(key))]
+    if isinstance(data, list):
+        return [line for index, item in enumerate(data) for line in _omitted(item, f"{where}.{index}")]
+    return []
