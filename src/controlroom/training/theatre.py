@@ -28,17 +28,17 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     "autoencoder": (
         _autoencoder,
         {
-            "batch_size": 16,
-            "total_steps": 3600,
-            "learning_rate": 2e-3,
+            "batch_size": 8,
+            "total_steps": 7500,
+            "learning_rate": 1e-3,
             "schedule": "cosine",
             "final_fraction": 0.02,
             "warmup_steps": 100,
             "weight_decay": 0.0,
             "betas": (0.9, 0.99),
-            "ema_decay": 0.995,
+            "ema_decay": 0.998,
             "mixed_precision": "bf16",
-            "validate_every": 300,
+            "validate_every": 500,
         },
     ),
 }
