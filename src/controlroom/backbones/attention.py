@@ -331,8 +331,8 @@ class _Attend:
         return total
 
     def sdpa(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.attn.upcast_attention and q.dtype != torch.float32:
-            q, k, v = q.float(), k.float(), v.float()
+        if self.attn.upcast_attention:
+            q, k, v = _wide(q), _wide(k), _wide(v)
         bias = None if bias is None else _four(bias).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=0.0, is_causal=False)
 
@@ -361,9 +361,9 @@ class _Attend:
         else:
             rows = self.layout.rows(source)
             q, k, bias = self.q[rows], self.k[rows], None if self.mask is None else self.mask[rows]
-        logits = (q.float() @ k.float().transpose(-1, -2)) * self.attn.scale
+        logits = (_wide(q) @ _wide(k).transpose(-1, -2)) * self.attn.scale
         if bias is not None:
-            logits = logits + _four(bias).float()
+            logits = logits + _four(bias).to(logits)
         return self.match(logits.softmax(-1), name)
 
     # stream and identity
@@ -399,6 +399,11 @@ def _per_query(x: torch.Tensor) -> torch.Tensor:
     if x.ndim == 3:
         x = x[..., 0]
     return x.reshape(-1, 1, x.shape[-1], 1)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _four(bias: torch.Tensor) -> torch.Tensor:
