@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["MAX_PIXELS", "FitMode", "ImageSource", "fit", "load_image", "load_mask", "placement"]
+__all__ = ["MAX_PIXELS", "FitMode", "ImageSource", "checked_size", "fit", "load_image", "load_mask", "placement"]
 __all__ += ["read_png_text", "save_png"]
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray | torch.Tensor"
@@ -105,8 +105,8 @@ def load_mask(source: ImageSource, size: tuple[int, int] | None = None) -> np.nd
             grey = Image.fromarray(
                 np.asarray(_flatten(picture, _BLACK).convert("L"), np.float32) / np.float32(255), "F"
             )
-        if size is not None and _checked_size(*size) != grey.size:
-            grey = grey.resize(_checked_size(*size), Image.Resampling.BILINEAR)
+        if size is not None and checked_size(*size) != grey.size:
+            grey = grey.resize(checked_size(*size), Image.Resampling.BILINEAR)
     return np.clip(np.asarray(grey, dtype=np.float32), 0, 1)
 
 
@@ -120,7 +120,7 @@ def placement(
     """
     if mode not in get_args(FitMode):
         raise InputError(f"Unknown way to fit a picture: {mode!r}; expected one of {', '.join(get_args(FitMode))}.")
-    width, height = _checked_size(width, height)
+    width, height = checked_size(width, height)
     scale_x, scale_y = width / size[0], height / size[1]
     if mode != "stretch":
         scale_x = scale_y = min(scale_x, scale_y) if mode == "pad" else max(scale_x, scale_y)
@@ -332,8 +332,12 @@ def _check_dimensions(width: int, height: int, name: str) -> None:
         )
 
 
-def _checked_size(width: Any, height: Any) -> tuple[int, int]:
-    """The two as plain ints, if they can be the size of a picture."""
+def checked_size(width: Any, height: Any) -> tuple[int, int]:
+    """The two as plain ints, if they can be the size of a picture.
+
+    Raises:
+        InputError: they are not two positive whole numbers, or make too large a picture.
+    """
     for value in (width, height):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise InputError(f"The size {width!r} x {height!r} is not one; expected two positive whole numbers.")
