@@ -124,7 +124,9 @@ class KeypointReader(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, w, 4, 2, 1), nn.SiLU(), _Block(w, 2 * w, 2))  # 1/4
         self.down = nn.ModuleList([_Block(2 * w, 3 * w, 2), _Block(3 * w, 4 * w, 2), _Block(4 * w, 6 * w, 2)])
         self.bottom = nn.Sequential(_Block(6 * w, 6 * w), _Block(6 * w, 6 * w))
-        self.up = nn.ModuleList([_Block(6 * w + 4 * w, 4 * w), _Block(4 * w + 3 * w, 3 * w), _Block(3 * w + 2 * w, 3 * w)])
+        self.up = nn.ModuleList(
+            [_Block(6 * w + 4 * w, 4 * w), _Block(4 * w + 3 * w, 3 * w), _Block(3 * w + 2 * w, 3 * w)]
+        )
         self.joints = nn.Conv2d(3 * w, self.JOINTS, 1)
         self.presence = nn.Linear(6 * w, self.JOINTS)
 
@@ -147,7 +149,7 @@ class KeypointReader(nn.Module):
 
         The mean over the peak's 5 x 5 neighbourhood, weighted by probability.
         """
-        batch, joints, height, width = heat.shape
+        height, width = heat.shape[2:]
         flat = heat.flatten(2).float().softmax(dim=2)
         peak = flat.argmax(dim=2, keepdim=True)
         xs = torch.arange(width).repeat(height).float()

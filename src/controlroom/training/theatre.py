@@ -45,6 +45,7 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
 
 
 def main() -> None:
+    """Train the stage named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=sorted(STAGES))
     parser.add_argument("--threads", type=int, default=2)

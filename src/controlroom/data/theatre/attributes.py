@@ -40,7 +40,7 @@ ANSWERS: Final[dict[str, tuple[str, ...]]] = {
     "style": v.STYLES,
     "puppets": ("none", "one", "two"),
     **PUPPET_ANSWERS,
-    **{kind: (ABSENT, *_COLOURS) for kind in (*v.ANIMALS, *v.THINGS)},
+    **dict.fromkeys((*v.ANIMALS, *v.THINGS), (ABSENT, *_COLOURS)),
 }
 
 Answers = dict[str, str | None]
@@ -107,7 +107,7 @@ _WORD_OF: Final[dict[str, dict[str, str]]] = {
 
 
 def read_caption(text: str) -> Answers:
-    """The answers that a caption of the theatre states; None where it says nothing. Puppet questions need one puppet."""
+    """The answers that a caption states; None where it says nothing, or where two puppets share the question."""
     found: Answers = dict.fromkeys(ANSWERS)
     people, props = _WHO.findall(text), _PROP.findall(text)
     for colour, kind in props:
@@ -143,5 +143,3 @@ def labels(answers: Answers) -> list[int]:
         -1 if answers[question] is None else options.index(str(answers[question]))
         for question, options in ANSWERS.items()
     ]
-
-

@@ -12,16 +12,19 @@ _SIDES_ALIKE = ("cone",)
 
 
 def article(phrase: str) -> str:
+    """``phrase`` with "a" or "an" before it."""
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
 def garment_phrase(garment: Garment, with_pattern: bool = True) -> str:
+    """As in "a blue striped shirt" or "green trousers"; a plain pattern is not said."""
     pattern = f"{garment.pattern} " if with_pattern and garment.pattern != "plain" else ""
     phrase = f"{garment.colour} {pattern}{garment.kind}"
     return phrase if garment.kind in ("trousers", "shorts") else article(phrase)
 
 
 def prop_phrase(prop: Prop, detail: float, dice: Dice) -> str:
+    """As in "a small red ball"; the size is said with a chance of ``detail``, a medium one never."""
     size = f"{prop.size} " if prop.size != "medium" and dice.chance(detail) else ""
     return article(f"{size}{prop.colour} {prop.kind}")
 
@@ -35,6 +38,7 @@ def _view_shows(actor: Actor) -> bool:
 
 
 def usual_view(kind: str) -> str:
+    """The view in which a prop is shown when none is asked for."""
     return "side" if kind in v.SIDE_FIRST else "front"
 
 

@@ -119,6 +119,7 @@ def shade(colour: RGB, amount: float) -> RGB:
 
 
 def mix(first: RGB, second: RGB, share: float) -> RGB:
+    """``share`` of the second colour in the first."""
     keep = 1 - share
     return (
         int(first[0] * keep + second[0] * share),
@@ -135,7 +136,7 @@ def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, rx: float, ry: float, f
 def fill_shape(
     draw: ImageDraw.ImageDraw, shape: Shape, fill: RGB | int, ink: RGB | int | None, camera: Camera, scale: float
 ) -> None:
-    """Draw one shape with ``fill``, outlined in ``ink`` unless that is None. ``scale``: bitmap pixels per canvas pixel."""
+    """Draw one shape, outlined in ``ink`` unless that is None; ``scale`` is bitmap pixels per canvas pixel."""
     k = scale * camera.zoom
     left, top = camera.left, camera.top
     points = [((x - left) * k, (y - top) * k) for x, y in shape.points]
@@ -175,5 +176,6 @@ def _tube(draw: ImageDraw.ImageDraw, points: list[Point], radius: float, fill: R
 
 
 def blank(mode: str, size: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """An empty square picture and what draws on it."""
     image = Image.new(mode, (size, size))
     return image, ImageDraw.Draw(image)

@@ -31,6 +31,7 @@ class _Frame:
 
 
 def draw_prop(paper: Paper, prop: Prop) -> None:
+    """List the shapes of an animal or a thing, its shadow first."""
     depth = int(150 + (prop.ground - 100) * 3)
     at = _Frame(prop, mirrored=prop.view == "side" or prop.kind in ("cup", "chair"))
     paper.part, paper.depth = Part.GROUND, depth - 12
@@ -46,17 +47,27 @@ def draw_prop(paper: Paper, prop: Prop) -> None:
         _THINGS[prop.kind](paper, prop.view, at, colour)
 
 
-def _ears(paper: Paper, kind: str, at: _Frame, colour: v.RGB, x: float, y: float, r: float, sides: tuple[int, ...]) -> None:
+def _ears(
+    paper: Paper, kind: str, at: _Frame, colour: v.RGB, x: float, y: float, r: float, sides: tuple[int, ...]
+) -> None:
     """Ears on a head of radius ``r`` whose centre is at (x, y)."""
     dark = shade(colour, 0.72)
     for side in sides:
         if kind == "cat":
-            points = at.many((x + side * r * 0.95, y + r * 0.2), (x + side * r * 0.8, y + r * 1.5), (x + side * r * 0.1, y + r * 0.85))
+            points = at.many(
+                (x + side * r * 0.95, y + r * 0.2),
+                (x + side * r * 0.8, y + r * 1.5),
+                (x + side * r * 0.1, y + r * 0.85),
+            )
             paper.polygon(points, colour)
         elif kind == "dog":
-            paper.limb([at(x + side * r * 0.9, y + r * 0.5), at(x + side * r * 1.15, y - r * 0.4)], r * 0.32 * at.s, dark)
+            paper.limb(
+                [at(x + side * r * 0.9, y + r * 0.5), at(x + side * r * 1.15, y - r * 0.4)], r * 0.32 * at.s, dark
+            )
         elif kind == "rabbit":
-            paper.limb([at(x + side * r * 0.4, y + r * 0.8), at(x + side * r * 0.6, y + r * 2.3)], r * 0.28 * at.s, colour)
+            paper.limb(
+                [at(x + side * r * 0.4, y + r * 0.8), at(x + side * r * 0.6, y + r * 2.3)], r * 0.28 * at.s, colour
+            )
         elif kind == "elephant":
             paper.ellipse(at(x + side * r * 1.25, y + r * 0.1), r * 0.7 * at.s, r * 0.95 * at.s, dark)
 
@@ -280,7 +291,9 @@ def _flower(paper: Paper, view: str, at: _Frame, colour: v.RGB) -> None:
         return
     for petal in range(6):
         turn = math.pi * petal / 3
-        paper.ellipse(at(math.sin(turn) * 10 * flat, y + math.cos(turn) * 10 * flat), 6.6 * s * flat, 6.6 * s * flat, colour)
+        paper.ellipse(
+            at(math.sin(turn) * 10 * flat, y + math.cos(turn) * 10 * flat), 6.6 * s * flat, 6.6 * s * flat, colour
+        )
     heart = LEAF if view == "back" else (250, 214, 54) if colour != v.COLOURS["yellow"] else (126, 78, 44)
     paper.ellipse(at(0, y), 6 * s * flat, 6 * s * flat, heart)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import pairwise
 
 from controlroom.data.theatre import poses as p
 from controlroom.data.theatre import vocabulary as v
@@ -98,7 +100,7 @@ def paint_tube(paper: Paper, points: list[Point], radius: float, garment: Garmen
     if garment.pattern == "plain":
         return
     cloth, other = _tube_cloth(points, radius * 0.86), second_colour(garment.colour)
-    length = sum(math.dist(a, b) for a, b in zip(points, points[1:], strict=False))
+    length = sum(math.dist(a, b) for a, b in pairwise(points))
     count = max(2, round(length / (6.5 * scale)))
     for band in range(count):
         t = (band + 0.35) / count
@@ -112,6 +114,7 @@ def paint_tube(paper: Paper, points: list[Point], radius: float, garment: Garmen
 
 
 def draw_puppet(paper: Paper, puppet: Puppet) -> None:
+    """List the shapes of a puppet, its shadow first, what is nearest last."""
     points = p.joints(puppet)
     depth = int(150 + (puppet.ground - 100) * 3)
     s, view, one = puppet.scale, puppet.view, puppet.identity
@@ -230,7 +233,12 @@ def _long_hair_behind(paper: Paper, puppet: Puppet, centre: Point, radius: float
     bottom = neck[1] + radius * 0.62
     wide = radius * 1.22
     paper.polygon(
-        [(x - wide * 0.8, y - radius * 0.6), (x + wide * 0.8, y - radius * 0.6), (x + wide, bottom), (x - wide, bottom)],
+        [
+            (x - wide * 0.8, y - radius * 0.6),
+            (x + wide * 0.8, y - radius * 0.6),
+            (x + wide, bottom),
+            (x - wide, bottom),
+        ],
         hair,
     )
 
@@ -297,7 +305,7 @@ def _head(
     _hat(paper, puppet, centre, radius, degrees, depth)
 
 
-def _front_face(paper: Paper, puppet: Puppet, at, radius: float, low: float) -> None:  # type: ignore[no-untyped-def]
+def _front_face(paper: Paper, puppet: Puppet, at: Callable[[float, float], Point], radius: float, low: float) -> None:
     mood, skin = puppet.expression, puppet.identity.skin
     lips = _LIPS[skin]
     brow = shade(v.HAIR_COLOURS[puppet.identity.hair_colour], 0.7)
@@ -305,7 +313,9 @@ def _front_face(paper: Paper, puppet: Puppet, at, radius: float, low: float) -> 
         brow = (20, 14, 12)
     for side in (-1, 1):
         big = mood == "surprised"
-        paper.ellipse(at(0.4 * side, -0.1 + low), radius * (0.27 if big else 0.2), radius * (0.3 if big else 0.22), WHITE, False)
+        paper.ellipse(
+            at(0.4 * side, -0.1 + low), radius * (0.27 if big else 0.2), radius * (0.3 if big else 0.22), WHITE, False
+        )
         paper.ellipse(at(0.4 * side, -0.08 + low), radius * 0.125, radius * 0.15, INK, False)
         outer, inner = {
             "neutral": (-0.42, -0.42),
@@ -330,14 +340,16 @@ def _front_face(paper: Paper, puppet: Puppet, at, radius: float, low: float) -> 
         paper.line([at(-0.26, y), at(0.26, y)], radius * 0.16, lips)
 
 
-def _side_face(paper: Paper, puppet: Puppet, at, radius: float) -> None:  # type: ignore[no-untyped-def]
+def _side_face(paper: Paper, puppet: Puppet, at: Callable[[float, float], Point], radius: float) -> None:
     mood, f = puppet.expression, puppet.facing
     lips = _LIPS[puppet.identity.skin]
     big = mood == "surprised"
     paper.ellipse(at(0.48 * f, -0.12), radius * (0.26 if big else 0.2), radius * (0.3 if big else 0.22), WHITE, False)
     paper.ellipse(at(0.53 * f, -0.1), radius * 0.125, radius * 0.15, INK, False)
     brow = shade(v.HAIR_COLOURS[puppet.identity.hair_colour], 0.7)
-    back, front = {"neutral": (-0.44, -0.44), "smiling": (-0.44, -0.48), "surprised": (-0.58, -0.6)}.get(mood, (-0.54, -0.28))
+    back, front = {"neutral": (-0.44, -0.44), "smiling": (-0.44, -0.48), "surprised": (-0.58, -0.6)}.get(
+        mood, (-0.54, -0.28)
+    )
     paper.line([at(0.3 * f, back), at(0.74 * f, front)], radius * 0.13, brow)
     if mood == "smiling":
         paper.chord(at(0.6 * f, 0.42), radius * 0.3, radius * 0.34, 0, 180, lips, False)

@@ -52,6 +52,8 @@ class Dice:
 
 @dataclass(frozen=True)
 class Garment:
+    """A piece of clothing: kind, colour and pattern by their names in the vocabulary."""
+
     kind: str
     colour: str
     pattern: str = "plain"
@@ -73,6 +75,8 @@ class Identity:
 
 @dataclass(frozen=True)
 class Puppet:
+    """A person on the stage."""
+
     identity: Identity
     angles: JointAngles
     pose: str = FREE  # one of vocabulary.POSES, or FREE
@@ -105,6 +109,8 @@ Actor = Puppet | Prop
 
 @dataclass(frozen=True)
 class Scene:
+    """A place and who is there, first named first."""
+
     place: str
     actors: tuple[Actor, ...]
     style: str = "flat"
@@ -162,9 +168,7 @@ class Mix:
     styles: dict[str, float] = field(
         default_factory=lambda: {"flat": 0.84, "sketch": 0.04, "watercolour": 0.04, "pixel": 0.04, "neon": 0.04}
     )
-    views: dict[str, float] = field(
-        default_factory=lambda: {"front": 0.85, "side": 0.07, "back": 0.05, "above": 0.03}
-    )
+    views: dict[str, float] = field(default_factory=lambda: {"front": 0.85, "side": 0.07, "back": 0.05, "above": 0.03})
     free_pose: float = 0.4
 
 
@@ -172,11 +176,13 @@ DEFAULT_MIX = Mix()
 
 
 def sample_garment(dice: Dice, kinds: tuple[str, ...], patterned: float) -> Garment:
+    """A garment of one of ``kinds``, with a pattern with a chance of ``patterned``."""
     pattern = dice.pick(v.PATTERNS[1:]) if dice.chance(patterned) else "plain"
     return Garment(dice.pick(kinds), dice.pick(tuple(v.COLOURS)), pattern)
 
 
 def sample_identity(dice: Dice) -> Identity:
+    """A puppet's looks: hair goes with the figure most of the time, everything else is drawn evenly."""
     figure = dice.pick(v.FIGURES)
     long_hair = dice.chance(0.75 if figure == "woman" else 0.2)
     lower = sample_garment(dice, v.LOWERS if figure == "woman" else ("trousers", "shorts"), patterned=0.12)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
-from transformers import CLIPConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from controlroom.data.theatre import attributes as a
 from controlroom.data.theatre.captions import full_caption, training_caption
@@ -100,7 +100,7 @@ class TheatreClip:
         tokens = write_tokenizer(tokenizer_folder)
         self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
         torch.manual_seed(3)
-        self.clip = new_clip(tokens)
+        self.clip: Any = new_clip(tokens)
         self.text_questions, self.picture_questions = Questions(WIDTH, 1), Questions(WIDTH, 0)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -129,7 +129,9 @@ class TheatreClip:
         for text in texts:
             stated = a.labels(a.read_caption(text))
             said.append([len(o) if s < 0 else s for s, o in zip(stated, a.ANSWERS.values(), strict=True)])
-        ids = self.tokenizer(texts, padding="longest", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
+        ids = self.tokenizer(
+            texts, padding="longest", truncation=True, max_length=LENGTH, return_tensors="pt"
+        ).input_ids
         return CaptionedBatch(to_pixels(pictures), ids, torch.tensor(said), torch.tensor(seen))
 
     def loss(self, batch: CaptionedBatch, step: int, rng: StepRandom) -> Losses:
@@ -160,7 +162,9 @@ class TheatreClip:
         scenes = [sample_scene(index, "held_out") for index in range(256)]
         ids = self.tokenizer([full_caption(s) for s in scenes], padding="longest", return_tensors="pt").input_ids
         t = F.normalize(self.clip.get_text_features(input_ids=ids).pooler_output, dim=-1)
-        p = F.normalize(self.clip.get_image_features(pixel_values=to_pixels([render(s) for s in scenes])).pooler_output, dim=-1)
+        p = F.normalize(
+            self.clip.get_image_features(pixel_values=to_pixels([render(s) for s in scenes])).pooler_output, dim=-1
+        )
         best = (t @ p.T).argmax(dim=1)
         return {"retrieval": float((best == torch.arange(len(scenes))).float().mean())}
 

@@ -25,7 +25,15 @@ from controlroom.training.recipes.theatre_autoencoder import to_pixels
 
 #: The readers judge mostly single puppets and pairs of props; every style and view is read too.
 READER_MIX = Mix(
-    kinds={"puppet": 0.6, "portrait": 0.04, "puppet_and_prop": 0.12, "two_puppets": 0.04, "prop": 0.06, "two_props": 0.12, "three": 0.02},
+    kinds={
+        "puppet": 0.6,
+        "portrait": 0.04,
+        "puppet_and_prop": 0.12,
+        "two_puppets": 0.04,
+        "prop": 0.06,
+        "two_props": 0.12,
+        "three": 0.02,
+    },
     styles={"flat": 0.76, "sketch": 0.06, "watercolour": 0.06, "pixel": 0.06, "neon": 0.06},
     views={"front": 0.79, "side": 0.09, "back": 0.07, "above": 0.05},
 )
@@ -104,7 +112,9 @@ def attribute_accuracy(reader: AttributeReader, scenes: Sequence[Scene]) -> dict
         for question, truth in a.attributes(scene).items():
             if truth is None or truth == a.ABSENT:
                 continue
-            name = question if question in a.PUPPET_ANSWERS or question in ("place", "style", "puppets") else "props shown"
+            name = (
+                question if question in a.PUPPET_ANSWERS or question in ("place", "style", "puppets") else "props shown"
+            )
             tally.setdefault(name, []).append(int(read[question] == truth))
     return {name: float(np.mean(values)) for name, values in tally.items()}
 
@@ -183,7 +193,11 @@ def keypoint_sample(index: int, split: str, doodles: float) -> tuple[object, np.
     if dice.chance(0.5):
         scene = appearance(sample_identity(dice), dice, dice.pick(PLACES), int(dice.unit() * 2**31), free=0.6)
     else:
-        mix = Mix(kinds={"puppet": 0.75, "portrait": 0.05, "puppet_and_prop": 0.2}, styles=READER_MIX.styles, views=READER_MIX.views)
+        mix = Mix(
+            kinds={"puppet": 0.75, "portrait": 0.05, "puppet_and_prop": 0.2},
+            styles=READER_MIX.styles,
+            views=READER_MIX.views,
+        )
         scene = sample_scene(index, "train" if split == "train" else "held_out", mix)
     return render(scene), keypoints(scene)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -81,7 +82,7 @@ class Conditioner:
         return self.encoder(ids).last_hidden_state
 
 
-def latents_of_scenes(vae: AutoencoderKL, folder: Path, count: int) -> LatentCache:
+def latents_of_scenes(vae: Any, folder: Path, count: int) -> LatentCache:
     """Scaled latents (posterior means) of the train scenes 0 to ``count`` - 1, on disk."""
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ class TheatreUNet:
     name = "theatre_unet"
 
     def __init__(self, vae_folder: Path, clip_folder: Path, cache_folder: Path, scenes: int = 60_000) -> None:
-        self.vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+        self.vae: Any = AutoencoderKL.from_pretrained(vae_folder).eval()
         self.conditioner = Conditioner(clip_folder)
         self.cache = latents_of_scenes(self.vae, cache_folder, scenes)
         self.dataset_size: int | None = scenes
