@@ -1,7 +1,8 @@
 """Trains the theatre's models, one stage at a time: ``python -m controlroom.training.theatre STAGE``.
 
 Each stage is a recipe with the settings that made the shipped weights. It resumes where it was stopped; the weights it
-exports go to ``runs/theatre/STAGE/weights``, from where they are looked at, measured and copied into the package.
+exports go to ``runs/theatre/STAGE/weights``; ``assemble`` copies them, halved, into the package's checkpoint. The order
+is autoencoder, clip, attribute_reader, keypoint_reader, unet, then the controls' own models.
 """
 
 from __future__ import annotations
@@ -16,12 +17,37 @@ from controlroom.training.recipe import Recipe
 from controlroom.training.settings import TrainSettings
 
 RUNS = Path("runs/theatre")
+ASSETS = Path(__file__).resolve().parent.parent / "assets" / "theatre"
 
 
 def _autoencoder() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_autoencoder import TheatreAutoencoder
 
     return TheatreAutoencoder()
+
+
+def _clip() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_clip import TheatreClip
+
+    return TheatreClip(RUNS / "tokenizer")
+
+
+def _attribute_reader() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_readers import TheatreAttributeReader
+
+    return TheatreAttributeReader()
+
+
+def _keypoint_reader() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_readers import TheatreKeypointReader
+
+    return TheatreKeypointReader()
+
+
+def _unet() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_unet import TheatreUNet
+
+    return TheatreUNet(RUNS / "autoencoder/weights", RUNS / "clip/weights", RUNS / "latents")
 
 
 STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
@@ -41,22 +67,89 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
             "validate_every": 500,
         },
     ),
+    "clip": (
+        _clip,
+        {
+            "batch_size": 128,
+            "total_steps": 700,
+            "learning_rate": 1e-3,
+            "schedule": "cosine",
+            "final_fraction": 0.02,
+            "warmup_steps": 50,
+            "weight_decay": 0.02,
+            "betas": (0.9, 0.98),
+            "ema_decay": 0.99,
+            "mixed_precision": "bf16",
+            "validate_every": 100,
+        },
+    ),
+    "attribute_reader": (
+        _attribute_reader,
+        {
+            "batch_size": 32,
+            "total_steps": 2400,
+            "learning_rate": 2e-3,
+            "schedule": "cosine",
+            "final_fraction": 0.02,
+            "warmup_steps": 100,
+            "weight_decay": 0.02,
+            "ema_decay": 0.995,
+            "mixed_precision": "bf16",
+            "validate_every": 400,
+        },
+    ),
+    "keypoint_reader": (
+        _keypoint_reader,
+        {
+            "batch_size": 32,
+            "total_steps": 2400,
+            "learning_rate": 2e-3,
+            "schedule": "cosine",
+            "final_fraction": 0.02,
+            "warmup_steps": 100,
+            "weight_decay": 0.02,
+            "ema_decay": 0.995,
+            "mixed_precision": "bf16",
+            "validate_every": 400,
+        },
+    ),
+    "unet": (
+        _unet,
+        {
+            "batch_size": 32,
+            "total_samples": 1_000_000,
+            "learning_rate": 8e-4,
+            "schedule": "constant",
+            "warmup_steps": 300,
+            "weight_decay": 0.01,
+            "betas": (0.9, 0.99),
+            "ema_decay": 0.999,
+            "mixed_precision": "bf16",
+        },
+    ),
 }
 
 
 def main() -> None:
     """Train the stage named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=sorted(STAGES))
+    parser.add_argument("stage", choices=[*sorted(STAGES), "assemble"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=None, help="stop after so long, with a checkpoint")
     parser.add_argument("--steps", type=int, default=None, help="instead of the stage's number of steps")
     parser.add_argument("--start-from", type=Path, default=None, help="exported weights to continue from")
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
+    if arguments.stage == "assemble":
+        from controlroom.training.assemble import assemble
+
+        for path in assemble(RUNS, ASSETS):
+            print(path)
+        return
     make, values = STAGES[arguments.stage]
     values = dict(values)
     if arguments.steps is not None:
+        values.pop("total_samples", None)
         values["total_steps"] = arguments.steps
     settings = TrainSettings(
         output_dir=arguments.output or RUNS / arguments.stage,

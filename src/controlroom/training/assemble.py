@@ -1,0 +1,109 @@
+"""Puts trained weights together into the checkpoint that ships: half precision, diffusers' layout, samples noted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from controlroom.core.errors import ModelError
+from controlroom.core.files import atomic_path, write_text_atomically
+
+#: Weights of a stage -> folder of the checkpoint.
+PARTS = {
+    "autoencoder": "vae",
+    "unet": "unet",
+    "clip": "clip",
+    "attribute_reader": "readers/attributes",
+    "keypoint_reader": "readers/keypoints",
+    "pose": "pose",
+    "appearance": "appearance",
+}
+
+
+def assemble(runs: Path, target: Path, only: str | None = None) -> list[Path]:
+    """Copy the exported weights of every trained stage under ``runs`` into ``target`` in float16.
+
+    Returns what was written. Stages that are not trained leave what ``target`` has. Raises ModelError if ``only`` names
+    a stage without weights.
+    """
+    written: list[Path] = []
+    for stage, place in PARTS.items():
+        source = runs / stage / "weights"
+        if only not in (None, stage):
+            continue
+        if not source.is_dir():
+            if only is not None:
+                raise ModelError(f"{source} does not exist: train the stage {stage!r} first.")
+            continue
+        written += copy_half(source, target / place)
+    if (target / "clip").is_dir():
+        written += _text_encoder(target)
+    written += _pipeline_files(target)
+    return written
+
+
+def copy_half(source: Path, target: Path) -> list[Path]:
+    """Copy a folder of exported weights; tensors become float16, metadata (samples, seed) stays."""
+    written: list[Path] = []
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            with safe_open(str(path), "pt") as file:
+                metadata = dict(file.metadata() or {})
+            _save_half(load_file(str(path)), place, metadata)
+        else:
+            shutil.copyfile(path, place)
+        written.append(place)
+    return written
+
+
+def _save_half(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    half = {k: (t.half() if t.is_floating_point() else t).contiguous() for k, t in tensors.items()}
+    with atomic_path(path) as beside:
+        save_file(half, str(beside), {"format": "pt", **metadata})
+
+
+def _text_encoder(target: Path) -> list[Path]:
+    """Stable Diffusion's text encoder and tokenizer, out of the CLIP; keys as diffusers' checkpoints have them."""
+    clip = target / "clip"
+    settings = json.loads((clip / "config.json").read_text())
+    with safe_open(str(clip / "model.safetensors"), "pt") as file:
+        metadata = dict(file.metadata() or {})
+    tensors = load_file(str(clip / "model.safetensors"))
+    text = {name: value for name, value in tensors.items() if name.startswith("text_model.")}
+    folder = target / "text_encoder"
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_half(text, folder / "model.safetensors", metadata)
+    text_settings = {**settings["text_config"], "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    write_text_atomically(folder / "config.json", json.dumps(text_settings, indent=2, sort_keys=True) + "\n")
+    copied = copy_half(clip / "tokenizer", target / "tokenizer")
+    return [folder / "model.safetensors", folder / "config.json", *copied]
+
+
+def _pipeline_files(target: Path) -> list[Path]:
+    """``model_index.json`` and the scheduler, so that diffusers loads the folder."""
+    from controlroom.training.recipes.theatre_unet import noise_schedule
+
+    noise_schedule().save_pretrained(target / "scheduler")
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.42.1",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_text_atomically(target / "model_index.json", json.dumps(index, indent=2) + "\n")
+    return [target / "model_index.json", target / "scheduler" / "scheduler_config.json"]
