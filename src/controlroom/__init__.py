@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from controlroom.catalog import control_class as control_class
+    from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
     from controlroom.core.control import Control as Control
     from controlroom.core.errors import ConflictError as ConflictError
     from controlroom.core.errors import ControlRoomError as ControlRoomError
@@ -43,6 +44,8 @@ _EXPORTS: dict[str, str] = {
     "execute": "controlroom.sampling.pipeline",
     "explain": "controlroom.sampling.pipeline",
     "replay": "controlroom.sampling.pipeline",
+    # controls
+    "ControlNet": "controlroom.controls.spatial.controlnet",
     # catalogue
     "control_class": "controlroom.catalog",
 }

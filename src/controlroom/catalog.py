@@ -169,15 +169,15 @@ SYSTEMS: tuple[System, ...] = (
         key="controlnet",
         name="ControlNet",
         papers=(CONTROLNET,),
-        does="Eight canonical conditions (canny, hed, mlsd, normal, depth, segmentation, scribble, pose), several at "
+        does="Draws along condition maps (canny, hed, mlsd, normal, depth, segmentation, scribble, pose), several at "
         "once.",
         code=("controlroom.controls.spatial.controlnet:ControlNet",),
-        recipe="controlroom.training.recipes.controlnet:ControlNetRecipe",
         signals=("canny", "hed", "mlsd", "normal", "depth", "segmentation", "scribble", "pose"),
         backbones=SD,
         weights_licence="OpenRAIL",
+        status="working",
         neutral=SCALE_0,
-        proof="parity with diffusers' StableDiffusionControlNetPipeline",
+        proof="parity with diffusers' StableDiffusionControlNetPipeline and StableDiffusionXLControlNetPipeline",
     ),
     System(
         number=7,

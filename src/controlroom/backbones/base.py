@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,7 @@ class Backbone:
         text_encoder, tokenizer: the first CLIP; None where a checkpoint (SDXL refiner) has only the second.
         text_encoder_2, tokenizer_2: the second CLIP of SDXL.
         zero_empty_negative: SDXL's ``force_zeros_for_empty_prompt``.
+        kept: what controls loaded from files, kept for the next run; see `loading.keep`.
     """
 
     name: ClassVar[str] = "sd1"
@@ -43,6 +44,7 @@ class Backbone:
     text_encoder_2: Any = None
     tokenizer_2: Any = None
     zero_empty_negative: bool = True
+    kept: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         kind = getattr(self.unet.config, "encoder_hid_dim_type", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from controlroom.backbones.base import Backbone
 from controlroom.backbones.sd1 import StableDiffusion1
 from controlroom.backbones.sd2 import StableDiffusion2
 from controlroom.backbones.sdxl import StableDiffusionXL
+from controlroom.core.backbone import Backbone as CoreBackbone
 from controlroom.core.errors import ModelError
 
 THEATRE = "theatre"
@@ -28,6 +30,98 @@ _COMPUTED = ("position_ids",)
 def theatre_folder() -> Path:
     """Folder of the embedded checkpoint."""
     return Path(__file__).resolve().parent.parent / "assets" / "theatre"
+
+
+def find_model(model: str | os.PathLike[str], what: str = "model") -> Path:
+    """Where something that a control names lies on this machine: a folder, or a ``.safetensors`` file.
+
+    Nothing is downloaded: a run may have been written by somebody else, and drawing a picture again must not fetch
+    what it names.
+
+    Args:
+        model: a path; a name of the theatre such as ``theatre/pose``; a hub id that has been downloaded, with or
+            without a path inside (``h94/IP-Adapter/models/ip-adapter_sd15.safetensors``).
+        what: what is looked for, for the message.
+
+    Raises:
+        ModelError: nothing there, or a pickle.
+    """
+    name = os.fspath(model)
+    if not isinstance(name, str) or not name or "\0" in name or len(name) > 4096:
+        raise ModelError(f"{str(name)[:80]!r} does not name a {what}. Give a path, a hub id or a name of the theatre.")
+    if name.lower().endswith(_PICKLES):
+        raise ModelError(
+            f"{name!r} is a pickle, which can run code when it is opened. Use the .safetensors file of that {what}, or "
+            "convert it where you trust it."
+        )
+    parts = name.split("/")
+    if parts[0] == THEATRE and len(parts) > 1 and not Path(name).exists():
+        place = theatre_folder().joinpath(*parts[1:])
+        if ".." in parts or not place.exists():
+            known = sorted(
+                p.name for p in theatre_folder().glob("*") if p.is_dir() and not p.name.startswith((".", "_"))
+            )
+            raise ModelError(
+                f"The theatre of this installation has no {name!r}. It has: {', '.join(known) or 'nothing'}."
+            )
+        return place
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+            return path
+        if path.is_file():
+            raise ModelError(f"{name!r} is not a .safetensors file. Give one, or a folder in diffusers' layout.")
+    except OSError as error:
+        raise ModelError(f"{name!r} cannot be read: {error.strerror}.") from error
+    if len(parts) < 2 or "" in parts or parts[0] in (".", "..", "~") or "\\" in name:
+        raise ModelError(f"There is no {what} at {name!r}. Check the path.")
+    return _find_downloaded(parts, name, what)
+
+
+def _find_downloaded(parts: list[str], name: str, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repository = "/".join(parts[:2])
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True))
+    except Exception as error:
+        raise ModelError(
+            f"There is no {what} at {name!r}, and {repository!r} has not been downloaded. Check the path, or download "
+            f"it with: hf download {repository}"
+        ) from error
+    place = folder.joinpath(*parts[2:])
+    if ".." in parts or not place.exists():
+        raise ModelError(f"{repository!r} was downloaded, but has no {'/'.join(parts[2:])!r}. Check the name.")
+    return place
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file, on the CPU.
+
+    Raises:
+        ModelError: the file is broken.
+    """
+    from safetensors.torch import load_file
+
+    return explained(str(path), lambda: load_file(str(path)))
+
+
+def keep(backbone: CoreBackbone, key: tuple[Any, ...], path: Path, load: Callable[[], Any]) -> Any:
+    """What ``load`` gives, loaded once for as long as the backbone lives and the file stays the same.
+
+    Args:
+        backbone: holds what was loaded; its device and precision are part of the key.
+        key: what is loaded.
+        path: file or folder it is loaded from.
+        load: loads it.
+    """
+    files = sorted(path.glob("**/*")) if path.is_dir() else [path]
+    stamp = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
+    full = (*key, str(path), str(backbone.device), str(backbone.dtype))
+    held = backbone.kept.get(full)
+    if held is None or held[0] != stamp:
+        held = backbone.kept[full] = (stamp, load())
+    return held[1]
 
 
 def backbone_from_components(source: Any) -> Backbone:
@@ -197,7 +291,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None, variant: str | None) -
 
     kind = str(_read_json(folder / "model_index.json").get("_class_name", ""))
     base = diffusers.StableDiffusionXLPipeline if "XL" in kind else diffusers.StableDiffusionPipeline
-    pipeline = _explained(
+    pipeline = explained(
         str(folder),
         lambda: (
             base.from_pretrained(
@@ -274,11 +368,11 @@ def _load_file(path: Path, dtype: torch.dtype | None) -> Any:
         with safe_open(str(path), framework="pt") as content:
             return set(content.keys())
 
-    names = _explained(str(path), keys)
+    names = explained(str(path), keys)
     xl = any(name.startswith("conditioner.embedders.1.") for name in names)
     base = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
     more: dict[str, Any] = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
-    return _explained(str(path), lambda: base.from_single_file(str(path), torch_dtype=dtype or torch.float32, **more))
+    return explained(str(path), lambda: base.from_single_file(str(path), torch_dtype=dtype or torch.float32, **more))
 
 
 def _load_hub(name: str, dtype: torch.dtype | None, variant: str | None, revision: str | None) -> Any:
@@ -294,10 +388,10 @@ def _load_hub(name: str, dtype: torch.dtype | None, variant: str | None, revisio
         check_folder(Path(folder), variant)
         return _load_folder(Path(folder), dtype, variant)
 
-    return _explained(name, load)
+    return explained(name, load)
 
 
-def _explained(name: str, load: Any) -> Any:
+def explained(name: str, load: Any) -> Any:
     """Whatever the libraries raise on a broken or missing model becomes one error that names it."""
     try:
         return load()

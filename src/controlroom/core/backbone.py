@@ -24,6 +24,8 @@ class Backbone(Protocol):
     """`AutoencoderKL`."""
     scheduler: Any
     """The scheduler whose configuration runs start from; a run works on copies."""
+    kept: dict[tuple[Any, ...], Any]
+    """What controls loaded from files, kept for the next run."""
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +76,10 @@ class Backbone(Protocol):
 
     def feature_sites(self, hw: tuple[int, int]) -> tuple[Site, ...]:
         """Feature sites in the order of execution, for latents of that size."""
+        ...
+
+    def added_conditions(self, condition: Condition) -> dict[str, torch.Tensor] | None:
+        """What the UNet (and a ControlNet) is told beside the text, under diffusers' names; None: nothing."""
         ...
 
     def predict(

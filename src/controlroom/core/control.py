@@ -173,6 +173,7 @@ class Declaration:
         strength: share of the schedule that is run, as in image to image; None: all. One control of a run at most.
         channels: number of input channels it supplies beside the latents (``run.set_channels``).
         repeats: its ``finish`` may ask for the step to be run again.
+        notes: what it chose by itself, in sentences for the user; `explain` and the manifest show them.
     """
 
     branches: tuple[Branch, ...] = ()
@@ -186,6 +187,7 @@ class Declaration:
     strength: float | None = None
     channels: int = 0
     repeats: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Control(BaseModel):
@@ -282,8 +284,11 @@ class Control(BaseModel):
         """After energy pass number ``round`` of this step (from 0): the loss, from what ``attention`` read."""
         raise NotImplementedError(f"{self.label} declared an energy but has none")
 
-    def side(self, step: Step) -> Residuals | None:
-        """Run an auxiliary network on ``step.inputs(...)``; the residuals go into the pass that follows."""
+    def side(self, step: Step) -> Residuals | tuple[Residuals, ...] | None:
+        """Run an auxiliary network on ``step.inputs(...)``; the residuals go into the pass that follows.
+
+        Several where branches of different sizes or text lengths cannot share a pass of the auxiliary network.
+        """
         return None
 
     def attention(self, call: AttentionCall) -> None:

@@ -88,7 +88,7 @@ class Forward:
             if implements(entry.control, "side") and phase in entry.declaration.phases:
                 result = entry.control.side(step)
                 if result is not None:
-                    found.append(result)
+                    found.extend(result if isinstance(result, tuple) else (result,))
         return found
 
     def _controls(self, step: Step, phase: str) -> tuple[dict[str, list[Control]], dict[str, list[Control]]]:

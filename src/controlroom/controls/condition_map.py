@@ -1,0 +1,168 @@
+"""From what a person has to the tensors that spatial controls read: condition maps, masks, and their rows for a branch.
+
+A picture is stretched to the picture's size and taken as it is (diffusers' rule for ControlNet's conditions). A tensor
+or float array is used untouched: values below 0 have a meaning to some networks. A pose (a `Pose`, OpenPose JSON as
+file, text or mapping) is drawn as a skeleton, whole, with its proportions kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageChops
+
+from controlroom.core.branch import IMAGE
+from controlroom.core.errors import InputError
+from controlroom.core.images import fit, load_image, load_mask
+from controlroom.core.pose import Pose
+from controlroom.core.run import Run
+
+_LIMIT = 1e4
+
+
+def condition_map(source: Any, run: Run, channels: int = 3) -> torch.Tensor:
+    """Read what a spatial control is conditioned on.
+
+    Args:
+        source: picture (path, bytes, PIL, uint8 array), map (float tensor or array ``[C, H, W]`` or ``[H, W]``, with a
+            leading batch dimension or without), pose, or a list of these, one for each prompt or image.
+        run: gives size, number of images, device and precision.
+        channels: that the network reads; a map of one channel is repeated.
+
+    Returns:
+        [images, channels, height, width] in pixels of the run.
+
+    Raises:
+        InputError: unreadable, values that are not finite, other channels, or a number that does not fit the images.
+    """
+    parts = [_one(item, run.size) for item in _listed(source)]
+    rows = []
+    for part in parts:
+        if part.shape[1] == 1 and channels != 1:
+            part = part.expand(-1, channels, -1, -1)
+        if part.shape[1] != channels:
+            raise InputError(f"The condition has {part.shape[1]} channels; this network reads {channels}.")
+        rows.append(part)
+    return for_images(torch.cat(rows), run, "condition").to(device=run.device, dtype=run.dtype)
+
+
+def mask_map(source: Any, run: Run, name: str = "mask") -> torch.Tensor:
+    """Read a mask: [images, 1, height, width] in [0, 1], in pixels of the run.
+
+    Raises:
+        InputError: unreadable, a number that does not fit the images, or black all over: it would undo its control.
+    """
+    height, width = run.size
+    rows = []
+    for item in _listed(source):
+        batched = isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 4
+        for each in item if batched else [item]:
+            mask = torch.from_numpy(load_mask(each, (width, height)).copy())
+            if not bool((mask > 0).any()):
+                raise InputError(
+                    f"The {name} is black all over, so nothing would happen. Paint white where it may act."
+                )
+            rows.append(mask[None, None])
+    return for_images(torch.cat(rows), run, name).to(device=run.device, dtype=run.dtype)
+
+
+def for_images(x: torch.Tensor, run: Run, name: str) -> torch.Tensor:
+    """One row for each image: a single one serves all; as many as prompts are repeated for each prompt's images."""
+    if run.images % x.shape[0]:
+        raise InputError(f"There are {x.shape[0]} {name}s for {run.images} images. Give one, or one for each prompt.")
+    return x.repeat_interleave(run.images // x.shape[0], dim=0)
+
+
+def rows_of(x: torch.Tensor, run: Run, branch: str) -> torch.Tensor:
+    """Rows of a branch out of [images, C, H, W]: through the views of the canvas, in the size of the branch's state.
+
+    Raises:
+        InputError: the branch has another number of pictures, and the rows differ.
+    """
+    plan, factor = run.plan, run.backbone.pixels_per_latent
+    if plan.views is not None and plan.branches[branch].state == IMAGE:
+        return plan.views.split(x, factor)
+    rows = plan.rows_of(branch)
+    if x.shape[0] != rows:
+        if rows > x.shape[0] and rows % x.shape[0] == 0:
+            x = x.repeat(rows // x.shape[0], 1, 1, 1)
+        elif bool((x == x[:1]).all()):
+            x = x[:1].expand(rows, -1, -1, -1)
+        else:
+            raise InputError(f"The branch {branch!r} has {rows} pictures, the control {x.shape[0]} different ones.")
+    size = tuple(side * factor for side in plan.hw_of(branch))
+    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", antialias=True)
+
+
+def resized_mask(mask: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
+    """[rows, 1, H, W] -> [rows, 1, h, w]: the share of each coarse pixel that is white."""
+    return mask if tuple(mask.shape[-2:]) == hw else F.interpolate(mask.float(), size=hw, mode="area").to(mask.dtype)
+
+
+def is_pose(source: Any) -> bool:
+    """Whether a source is a pose rather than a picture."""
+    if isinstance(source, str | os.PathLike):
+        text = os.fspath(source)
+        return isinstance(text, str) and (text.lower().endswith(".json") or text.lstrip()[:1] in ("{", "["))
+    return isinstance(source, Pose | Mapping)
+
+
+def _listed(source: Any) -> list[Any]:
+    if isinstance(source, Sequence) and not isinstance(source, str | bytes):
+        if not source:
+            raise InputError("The list of pictures is empty. Give one, or one for each prompt.")
+        return list(source)
+    return [source]
+
+
+def _one(source: Any, size: tuple[int, int]) -> torch.Tensor:
+    """[rows, C, height, width], float32, on the CPU."""
+    height, width = size
+    if is_pose(source):
+        return _pixels(_drawn(source, width, height))
+    if isinstance(source, np.ndarray) and source.ndim >= 2:
+        # Arrays have their channels last, as everywhere else.
+        source = torch.from_numpy(np.ascontiguousarray(source if source.ndim == 2 else np.moveaxis(source, -1, -3)))
+    if isinstance(source, torch.Tensor):
+        return _tensor(source, size)
+    return _pixels(fit(load_image(source), width, height, "stretch"))
+
+
+def _tensor(source: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    if not 2 <= source.ndim <= 4 or source.numel() == 0 or source.is_complex():
+        raise InputError(f"A condition of shape {list(source.shape)} is none; expected [C, H, W] or [B, C, H, W].")
+    maps = source.detach().cpu()
+    maps = maps.float() / 255 if maps.dtype == torch.uint8 else maps.float()
+    while maps.ndim < 4:
+        maps = maps[None]
+    if not bool(torch.isfinite(maps).all()) or float(maps.abs().max()) > _LIMIT:
+        raise InputError("The condition has values that are not finite, or huge. Expected 0 to 1 (or -1 to 1).")
+    return maps if tuple(maps.shape[-2:]) == size else F.interpolate(maps, size=size)
+
+
+def _pixels(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(picture, np.float32) / np.float32(255)).permute(2, 0, 1)[None].contiguous()
+
+
+def _drawn(source: Any, width: int, height: int) -> Image.Image:
+    """Everybody in a pose document, drawn over each other."""
+    from controlroom.signals.pose.openpose_json import read_document
+    from controlroom.signals.pose.skeleton import draw_skeleton
+
+    people: list[Pose] = []
+    if isinstance(source, Pose):
+        people.append(source)
+    else:
+        people.extend(pose for pose in read_document(source).people if pose is not None)
+    if not people:
+        raise InputError("There is nobody in the pose. Give one with keypoints.")
+    drawn = [draw_skeleton(pose.fitted(width, height)) for pose in people]
+    picture = drawn[0]
+    for other in drawn[1:]:
+        picture = ImageChops.lighter(picture, other)
+    return picture

@@ -1,0 +1,163 @@
+"""ControlNet (Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", arXiv 2302.05543).
+
+A trained copy of the UNet's encoder reads the noisy latents, the words and a condition map, and adds its features,
+through convolutions that start at zero, to the UNet's skip connections and its middle block.
+
+Several ControlNets are several controls of one run; their residuals add up. Deviations from diffusers: ``mask`` (there
+is none there); poses are drawn here; branches that only supply a reference receive nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from controlroom.backbones.controlnet import check_controlnet, load_controlnet
+from controlroom.backbones.loading import find_model, keep
+from controlroom.controls.condition_map import condition_map, mask_map, resized_mask, rows_of
+from controlroom.core.branch import Branch
+from controlroom.core.claims import Claim
+from controlroom.core.control import Control, Declaration, Outline, Residuals
+from controlroom.core.errors import InputError, ModelError
+from controlroom.core.pose import Pose
+from controlroom.core.run import Run
+from controlroom.core.step import Step
+
+
+@dataclass
+class _Memory:
+    """What a run knows of one ControlNet.
+
+    Attributes:
+        net: the network.
+        condition: [images, C, H, W].
+        mask: [images, 1, H, W] or None.
+        guess: only branches with words are controlled, and coarse residuals weigh more.
+        rows: conditions and masks joined for the branches of a pass.
+    """
+
+    net: Any
+    condition: torch.Tensor
+    mask: torch.Tensor | None
+    guess: bool
+    rows: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
+
+
+class ControlNet(Control):
+    """Draw along a condition map: a pose, edges, depth, a segmentation, whatever the network was trained on.
+
+    Args:
+        model: folder in diffusers' layout, ``.safetensors`` file, downloaded hub id, name of the theatre
+            (``theatre/pose``), or a loaded `diffusers.ControlNetModel` (used as it is).
+        image: condition map as picture (stretched to the size of the run) or tensor ``[C, H, W]`` (used as it is); for
+            a pose net also a `Pose` or OpenPose JSON, which is drawn. A list: one for each prompt.
+        scale: factor of all residuals. 0 is the absence of the control.
+        start, end: share of the steps between which it acts.
+        mask: white where it may act; multiplies the residuals at each resolution. A list: one for each prompt.
+        guess_mode: the branch without words gets no residuals, and residual k of n of the other ones is weighted from
+            0.1 (finest) to 1 (coarsest), evenly in the logarithm. For prompts left empty; guidance of 3 to 5.
+
+    Raises:
+        InputError: at the start of a run: a condition or mask that cannot be read or does not fit the images.
+        ModelError: at the start of a run: no such model, or one for another base model.
+    """
+
+    type: Literal["controlnet"] = "controlnet"
+    model: Any
+    image: Any
+    scale: float = 1.0
+    start: float = Field(default=0.0, ge=0.0, le=1.0)
+    end: float = Field(default=1.0, ge=0.0, le=1.0)
+    mask: Any = None
+    guess_mode: bool = False
+
+    @field_validator("image", mode="after")
+    @classmethod
+    def _storable(cls, value: Any) -> Any:
+        """Poses as documents, so that a run can be written down."""
+        if isinstance(value, list | tuple):
+            return [cls._storable(item) for item in value]
+        if isinstance(value, Pose):
+            from controlroom.signals.pose.openpose_json import openpose_json
+
+            return openpose_json(value)
+        if value is None:
+            raise ValueError("expected a condition map or a pose")
+        return value
+
+    def declare(self, outline: Outline) -> Declaration:
+        return Declaration(claims=(Claim("skip", "add"),))
+
+    def reaches(self, branch: Branch) -> bool:
+        return super().reaches(branch) and not (self.guess_mode and branch.role == "uncond")
+
+    def prepare(self, run: Run) -> _Memory:
+        net = self._network(run)
+        condition = condition_map(self.image, run, net.config.conditioning_channels)
+        mask = None if self.mask is None else mask_map(self.mask, run)
+        if mask is not None and net.config.global_pool_conditions:
+            raise InputError("This ControlNet pools its condition over the whole picture; leave mask out.")
+        return _Memory(net, condition, mask, self.guess_mode or bool(net.config.global_pool_conditions))
+
+    def _network(self, run: Run) -> Any:
+        unet, backbone = run.backbone.unet, run.backbone
+        net: Any
+        if isinstance(self.model, str | os.PathLike):
+            path = find_model(self.model, "ControlNet")
+            net = keep(backbone, ("controlnet",), path, lambda: load_controlnet(path, unet)).to(run.device)
+        else:
+            net = self.model
+            if not hasattr(net, "config"):
+                raise ModelError(f"A ControlNet cannot be made from a {type(net).__name__}; give a path or a module.")
+            check_controlnet(net, unet, "given")
+            if net.device != run.device:
+                raise ModelError(f"The ControlNet is on {net.device}, the pipeline on {run.device}. Move one of them.")
+        halvings = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1)
+        if halvings != backbone.pixels_per_latent:
+            raise ModelError(
+                f"This ControlNet shrinks its condition {halvings} times, this model's latents are "
+                f"{backbone.pixels_per_latent} times smaller than its pictures. Use the one for this model."
+            )
+        return net
+
+    def side(self, step: Step) -> tuple[Residuals, ...]:
+        memory: _Memory = step.memory(self)
+        plan = step.run.plan
+        groups: dict[tuple[tuple[int, int], int], list[str]] = {}
+        for name in step.reached(self):
+            if memory.guess and plan.branches[name].role == "uncond":
+                continue
+            # What cannot share a batch: other sizes, texts of other lengths.
+            groups.setdefault((plan.hw_of(name), step.condition(name).tokens.shape[1]), []).append(name)
+        return tuple(self._pass(step, memory, tuple(names)) for names in groups.values())
+
+    def _pass(self, step: Step, memory: _Memory, names: tuple[str, ...]) -> Residuals:
+        """One forward of the ControlNet over some branches."""
+        run = step.run
+        if names not in memory.rows:
+            condition = torch.cat([rows_of(memory.condition, run, name) for name in names])
+            masks = None if memory.mask is None else torch.cat([rows_of(memory.mask, run, name) for name in names])
+            memory.rows[names] = condition, masks
+        condition, mask = memory.rows[names]
+        given = step.inputs(names)
+        dtype = memory.net.dtype
+        added = run.backbone.added_conditions(given.condition) if memory.net.config.addition_embed_type else None
+        down, mid = memory.net(
+            given.sample.to(dtype),
+            given.timestep,
+            encoder_hidden_states=given.condition.tokens.to(dtype),
+            controlnet_cond=condition.to(dtype),
+            conditioning_scale=self.scale,
+            guess_mode=memory.guess,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )
+        step.count_side(given.layout.total)
+        if mask is not None:
+            down = [x * resized_mask(mask, (x.shape[-2], x.shape[-1])).to(x) for x in down]
+            mid = mid * resized_mask(mask, (mid.shape[-2], mid.shape[-1])).to(mid)
+        return Residuals(names, tuple(x.to(run.dtype) for x in down), mid.to(run.dtype))
