@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from controlroom.core.pose import Pose
 
@@ -36,3 +37,27 @@ def without(pose: Pose, joints: list[int]) -> Pose:
     confidence = pose.confidence.copy()
     confidence[joints] = 0
     return Pose(pose.keypoints, confidence, pose.width, pose.height)
+
+
+# Hands, elbows, pelvis, knees and feet of a figure with a head of radius 30 at (200, 80); the viewer's left first.
+STICK = {
+    "neck": (200, 130),
+    "pelvis": (200, 240),
+    "elbows": ((140, 170), (260, 110)),
+    "hands": ((110, 230), (300, 60)),
+    "knees": ((160, 310), (235, 300)),
+    "feet": ((150, 380), (240, 380)),
+}
+
+
+def draw_stick_figure(width: int = 5, ink: str = "black", paper: str = "white") -> Image.Image:
+    sheet = Image.new("RGB", (400, 420), paper)
+    pen = ImageDraw.Draw(sheet)
+    pen.ellipse((170, 50, 230, 110), outline=ink, width=width)
+    pen.line([(200, 110), STICK["pelvis"]], fill=ink, width=width)
+    for side in (0, 1):
+        arm = [STICK["neck"], STICK["elbows"][side], STICK["hands"][side]]
+        leg = [STICK["pelvis"], STICK["knees"][side], STICK["feet"][side]]
+        for line in (arm, leg):
+            pen.line(line, fill=ink, width=width, joint="curve")
+    return sheet

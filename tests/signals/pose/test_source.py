@@ -16,7 +16,7 @@ from controlroom.core.pose import Pose
 from controlroom.signals.pose.openpose_json import openpose_json, write_openpose
 from controlroom.signals.pose.skeleton import draw_skeleton
 from controlroom.signals.pose.source import PoseReader, read_pose
-from tests.signals.pose.figures import random_pose, without
+from tests.signals.pose.figures import draw_stick_figure, random_pose, without
 
 POSE = read_pose(openpose_json(random_pose(np.random.default_rng(11)))).pose
 
@@ -81,6 +81,14 @@ def test_a_photograph_without_a_reader(tmp_path: Path) -> None:
     Image.fromarray(data.chelsea()).save(tmp_path / "cat.png")
     with pytest.raises(InputError, match=r"cat\.png.*photo.*reader"):
         read_pose(tmp_path / "cat.png")
+
+
+def test_a_doodle_is_read_by_the_reader_or_without_weights() -> None:
+    sheet = draw_stick_figure()
+    reading = read_pose(sheet)
+    assert (reading.kind, reading.reader) == ("doodle", "DoodleReader") and "left" in reading.notes[0]
+    reader = Recorder()
+    assert read_pose(sheet, reader).reader == "Recorder" and len(reader.seen) == 1
 
 
 def test_a_pose_without_a_torso_is_refused() -> None:

@@ -76,3 +76,21 @@ def thickened(mask: np.ndarray, steps: int) -> np.ndarray:
 def eroded(mask: np.ndarray, steps: int) -> np.ndarray:
     """What of ``mask`` is more than ``steps`` pixels inside it; outside the picture counts as outside."""
     return ~thickened(np.pad(~mask, 1, constant_values=True), steps)[1:-1, 1:-1]
+
+
+def components(mask: np.ndarray, diagonal: bool = True) -> list[list[tuple[int, int]]]:
+    """Connected sets of the true pixels as lists of (x, y), largest first; ``diagonal`` neighbours connect too."""
+    steps = [(1, 0), (-1, 0), (0, 1), (0, -1)] + ([(1, 1), (1, -1), (-1, 1), (-1, -1)] if diagonal else [])
+    rows, columns = np.nonzero(mask)
+    left = set(zip(columns.tolist(), rows.tolist(), strict=True))
+    found = []
+    while left:
+        members = [left.pop()]
+        for x, y in members:  # grows while it is walked
+            for dx, dy in steps:
+                near = (x + dx, y + dy)
+                if near in left:
+                    left.remove(near)
+                    members.append(near)
+        found.append(members)
+    return sorted(found, key=len, reverse=True)

@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter
 
 from controlroom.core.images import ImageSource, load_image
 from controlroom.core.pose import LIMBS, NECK, Pose
+from controlroom.signals.pose.paper import components
 from controlroom.signals.pose.skeleton import draw_skeleton
 
 _WORK_SIDE: Final = 320  # pixels of the longer side while reading
@@ -99,7 +100,7 @@ def _hue_classes(pixels: np.ndarray) -> np.ndarray | None:
 
 def _best_tree(pixels: np.ndarray, hues: np.ndarray, near: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Points [18, 2] and bool [18]: the choice of candidates that explains most of what is drawn."""
-    streaks = [_components(hues == limb) for limb in range(len(LIMBS))]
+    streaks = [[np.array(c) + 0.5 for c in components(hues == limb) if len(c) >= 4] for limb in range(len(LIMBS))]
     candidates = [_candidates(joint, pixels, hues, streaks) for joint in range(18)]
     unit = max(hues.shape) * 0.08  # pixels of well covered limb that weigh as much as a bright spot
     choice: dict[int, np.ndarray] = {}
@@ -198,24 +199,6 @@ def _neighbours(values: np.ndarray) -> list[np.ndarray]:
     """The 3 x 3 neighbours of every pixel, 0 outside."""
     padded, (height, width) = np.pad(values, 1), values.shape
     return [padded[y : y + height, x : x + width] for y in range(3) for x in range(3)]
-
-
-def _components(mask: np.ndarray) -> list[np.ndarray]:
-    """Connected sets of pixels (8 neighbours) as centres [N, 2], largest first, without specks."""
-    left = set(zip(*np.nonzero(mask)[::-1], strict=True))
-    found = []
-    while left:
-        front, members = [left.pop()], []
-        while front:
-            x, y = front.pop()
-            members.append((x + 0.5, y + 0.5))
-            for near in [(x + dx, y + dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1)]:
-                if near in left:
-                    left.remove(near)
-                    front.append(near)
-        if len(members) >= 4:
-            found.append(np.array(members))
-    return sorted(found, key=len, reverse=True)
 
 
 def _radius(points: np.ndarray, limbs: list[int], hues: np.ndarray) -> float:

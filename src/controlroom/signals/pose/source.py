@@ -17,6 +17,7 @@ from PIL import Image
 from controlroom.core.errors import InputError
 from controlroom.core.images import ImageSource, load_image
 from controlroom.core.pose import Pose
+from controlroom.signals.pose.doodle import DoodleReader
 from controlroom.signals.pose.openpose_document import Person
 from controlroom.signals.pose.openpose_json import read_document, require_torso
 from controlroom.signals.pose.paper import classify
@@ -65,7 +66,7 @@ def read_pose(
 
     Args:
         source: files are known by what is in them, not by their names.
-        reader: for photographs and doodles; without one they are refused.
+        reader: for photographs and doodles. Without one, doodles are read by `DoodleReader` and photographs refused.
         person: which person of a JSON file.
         torso: refuse a pose without a neck and a hip, which nothing can be drawn to.
 
@@ -98,15 +99,19 @@ def _read(source: PoseSource, reader: PoseReader | None, person: Person) -> Pose
     if drawn is not None:
         return PoseReading(drawn, "skeleton", "skeleton", image)
     kind = classify(image)
+    notes = ()
+    if kind == "doodle":
+        reader = reader or DoodleReader()
+        notes = ("A doodle does not say which side is left: the person is taken to face the viewer.",)
     if reader is None:
         raise InputError(
-            f"{_name(source)} is a {kind}, and there is nothing to find the person in it with. Give a pose as "
-            "OpenPose JSON or a drawn skeleton, or a reader (such as RtmlibReader with local weights)."
+            f"{_name(source)} is a photograph, and there is nothing to find the person in it with. Give a pose as "
+            "OpenPose JSON, a drawn skeleton or a doodle, or a reader (such as RtmlibReader with local weights)."
         )
     pose = reader.read(image)
     if (pose.width, pose.height) != image.size:
         pose = pose.scaled(*image.size)
-    return PoseReading(pose, kind, type(reader).__name__, image)
+    return PoseReading(pose, kind, type(reader).__name__, image, notes)
 
 
 def _is_json(source: Any) -> bool:
