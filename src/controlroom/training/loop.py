@@ -35,6 +35,7 @@ from controlroom.training.checkpoint import (
 from controlroom.training.ema import Ema
 from controlroom.training.export import export_weights, samples_seen
 from controlroom.training.identity import identity_of, refuse_other_run, trained_parameters
+from controlroom.training.optimizers import new_optimizer
 from controlroom.training.prefetch import batches_ahead
 from controlroom.training.progress import Progress
 from controlroom.training.randomness import DataOrder, StepRandom, seed_of, slots_of
@@ -126,14 +127,7 @@ class _Run:
         self.identity = identity_of(recipe, settings.trajectory(self.start_samples), self.parameters, self.frozen_hash)
 
         # -- optimizer, average, and what a checkpoint says of them --
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = new_optimizer(settings, self.parameters, self.modules)
         if checkpoint is not None:
             refuse_other_run(checkpoint.path, checkpoint.state["identity"], self.identity)
             for name, module in self.modules.items():
@@ -236,7 +230,7 @@ class _Run:
 
         # -- step and average --
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_factor", 1.0)
         self.optimizer.step()
         if isinstance(self.recipe, AfterStep):
             with torch.no_grad():

@@ -18,6 +18,7 @@ TRAJECTORY_FIELDS = (
     "batch_size",
     "optimizer",
     "learning_rate",
+    "matrix_learning_rate",
     "schedule",
     "warmup_steps",
     "final_fraction",
@@ -45,7 +46,8 @@ class TrainSettings(BaseModel):
     total_samples: PositiveInt | None = None
     batch_size: PositiveInt = 32
 
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    matrix_learning_rate: PositiveFloat = Field(default=0.02, description="of the weight matrices that Muon moves")
     learning_rate: PositiveFloat = 1e-4
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
