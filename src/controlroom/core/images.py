@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from controlroom.core.errors import InputError
+from controlroom.core.pixels import MAX_PIXELS, as_array, check_dimensions, from_array, to_eight_bit
 from controlroom.core.png import read_png_text, save_png
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndar
 FitMode = Literal["pad", "crop", "stretch"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-# Just under the size at which Pillow itself warns of a decompression bomb.
-MAX_PIXELS = 89_000_000
-MAX_SIDE = 65_535
 _WHITE, _BLACK = 255, 0
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
@@ -87,7 +85,7 @@ def load_mask(source: ImageSource, size: tuple[int, int] | None = None) -> np.nd
     Raises:
         InputError: as `load_image`; negative floats; a size that is not two positive whole numbers.
     """
-    array = _as_array(source)
+    array = as_array(source)
     if array is not None and array.dtype.kind == "f" and array.size:
         if array.min() < 0:
             raise InputError(f"{_describe(source)} has negative values; a mask lies in [0, 1].")
@@ -162,9 +160,9 @@ def fit(
 def _read(source: Any) -> tuple[Image.Image, str]:
     """The picture, upright, in mode L, LA, RGB or RGBA, and what to call it in an error."""
     name = _describe(source)
-    array = _as_array(source)
+    array = as_array(source)
     if array is not None:
-        return _from_array(array, name, channels_first=not isinstance(source, np.ndarray)), name
+        return from_array(array, name, channels_first=not isinstance(source, np.ndarray)), name
     if isinstance(source, Image.Image):
         return _decode(source, name), name
     if isinstance(source, bytes | bytearray | memoryview):
@@ -222,7 +220,7 @@ def _open(file: Any, start: bytes, name: str) -> Image.Image:
 
 
 def _decode(picture: Image.Image, name: str) -> Image.Image:
-    _check_dimensions(*picture.size, name)
+    check_dimensions(*picture.size, name)
     with _explained(name):
         picture.load()
         try:
@@ -243,7 +241,7 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
             if values.min() < 0 or values.max() > 65535:
                 raise InputError("32-bit values outside 0..65535 are not brightness; save it with 8 or 16 bits")
             values = values.astype(np.uint16)
-        grey = Image.fromarray(_scaled(values, "the picture"), "L")
+        grey = Image.fromarray(to_eight_bit(values, "the picture"), "L")
         key = picture.info.get("transparency")
         if isinstance(key, int) and mode != "F":
             grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8), "L"))
@@ -264,74 +262,6 @@ def _flatten(picture: Image.Image, background: int) -> Image.Image:
     return Image.alpha_composite(base, rgba).convert("RGB")
 
 
-def _as_array(source: Any) -> np.ndarray | None:
-    """A numpy view of an array or tensor; None for anything else. Torch is not imported to find out."""
-    if isinstance(source, np.ndarray):
-        return source
-    if type(source).__module__.partition(".")[0] == "torch" and hasattr(source, "detach"):
-        tensor = source.detach().cpu()
-        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    return None
-
-
-def _from_array(array: np.ndarray, name: str, channels_first: bool) -> Image.Image:
-    while array.ndim > 3 and array.shape[0] == 1:
-        array = array[0]
-    if array.ndim not in (2, 3) or array.size == 0:
-        raise InputError(f"{name} is not one picture; expected [H, W], [H, W, C] or [C, H, W], not empty.")
-    if array.ndim == 3:
-        first, last = array.shape[0] in (1, 2, 3, 4), array.shape[2] in (1, 2, 3, 4)
-        if not first and not last:
-            raise InputError(
-                f"{name} has neither first nor last axis of 1 to 4 channels; expected [H, W, C] or [C, H, W]."
-            )
-        if first and (channels_first or not last):
-            array = array.transpose(1, 2, 0)
-        if array.shape[2] == 1:
-            array = array[..., 0]
-    _check_dimensions(array.shape[1], array.shape[0], name)
-    values = np.ascontiguousarray(_scaled(array, name))
-    return Image.fromarray(values, {2: "L", 3: {2: "LA", 3: "RGB", 4: "RGBA"}.get(values.shape[-1])}[values.ndim])
-
-
-def _scaled(values: np.ndarray, name: str) -> np.ndarray:
-    """Brightness as uint8: rounded, never clipped except by rounding errors."""
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
-        return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    if values.dtype.kind in "iu":
-        if values.min() < 0 or values.max() > 255:
-            raise InputError(f"{name} has whole numbers from {values.min()} to {values.max()}; expected 0 to 255.")
-        return values.astype(np.uint8)
-    if values.dtype.kind != "f":
-        raise InputError(f"{name} holds {values.dtype}; expected numbers.")
-    low, high = float(values.min()), float(values.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise InputError(
-            f"{name} has values that are not finite (NaN or infinity); expected floats in [0, 1] or [-1, 1]."
-        )
-    signed = low < -1e-3
-    if low < -1.001 or high > 1.001:
-        raise InputError(
-            f"{name} has floats from {low:g} to {high:g}; expected [0, 1] or [-1, 1]: divide by its range."
-        )
-    unit = values.astype(np.float64) * 0.5 + 0.5 if signed else values
-    return np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8)
-
-
-def _check_dimensions(width: int, height: int, name: str) -> None:
-    if width < 1 or height < 1:
-        raise InputError(f"{name} is empty ({width} x {height} pixels); expected at least one pixel.")
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise InputError(
-            f"{name} is too large ({width} x {height} pixels); at most {MAX_PIXELS // 1_000_000} million pixels "
-            f"and {MAX_SIDE} on a side. Make it smaller first."
-        )
-
-
 def checked_size(width: Any, height: Any) -> tuple[int, int]:
     """The two as plain ints, if they can be the size of a picture.
 
@@ -341,7 +271,7 @@ def checked_size(width: Any, height: Any) -> tuple[int, int]:
     for value in (width, height):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise InputError(f"The size {width!r} x {height!r} is not one; expected two positive whole numbers.")
-    _check_dimensions(int(width), int(height), "The size asked for")
+    check_dimensions(int(width), int(height), "The size asked for")
     return int(width), int(height)
 
 
