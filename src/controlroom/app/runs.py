@@ -165,6 +165,8 @@ def draw(pipeline: Pipeline, spec: RunSpec) -> tuple[RunResult, float]:
         result = pipeline.run(spec, callback_on_step_end=stepped)
     for line in result.manifest["warnings"]:
         console.print(f"warning: {line}", markup=False)
+    for line in result.manifest.get("notes", ()):
+        console.print(f"note: {line}", markup=False)
     for label, why in result.manifest["dropped"].items():
         console.print(f"{label} was left out: {why}", markup=False)
     return result, time.perf_counter() - begun
