@@ -58,7 +58,7 @@ def new_autoencoder() -> AutoencoderKL:
         block_out_channels=(16, 32, 64, 64),  # type: ignore[arg-type]
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
+        norm_num_groups=4,  # more groups than this normalise colour away at 16 channels
         sample_size=CANVAS,
         mid_block_add_attention=False,
     )
