@@ -104,6 +104,46 @@ def test_extend_by_tokens_projects_with_this_layer(weight: float) -> None:
     case.check(expected, ("c",))
 
 
+def test_share_moves_linearly_from_absence_to_all() -> None:
+    more = normal(1, 4, 12, seed=5)
+
+    def joined(case: Case, name: slice, k: torch.Tensor) -> torch.Tensor:
+        keys, values = (case.split(f(k)).expand(2, -1, -1, -1) for f in (case.attn.to_k, case.attn.to_v))
+        return case.p(case.q[name], torch.cat([case.k[name], keys], 2)) @ torch.cat([case.v[name], values], 2)
+
+    case = Case("self")
+    sums: list[torch.Tensor] = []
+    case.call.extend("c", tokens=more, share=0.3)
+    case.call.extend("u", tokens=more)
+    case.call.read("c", lambda p: sums.append(p))
+    expected = case.plain()
+    expected[C] = 0.7 * expected[C] + 0.3 * joined(case, C, more)
+    expected[U] = joined(case, U, more)
+    case.check(expected, ("c", "u"))
+    values = torch.cat([case.v[C], case.split(case.attn.to_v(more)).expand(2, -1, -1, -1)], 2)
+    torch.testing.assert_close(sums[0] @ values, expected[C], atol=2e-6, rtol=1e-5)
+
+
+def test_shares_of_several_are_their_own() -> None:
+    case = Case("self")
+    more = [normal(1, 4, 12, seed=5), normal(1, 3, 12, seed=6)]
+    bias = normal(1, 1, TOKENS, 3, seed=7)
+    case.call.extend("c", tokens=more[0], share=0.3)
+    case.call.extend("c", tokens=more[1], bias=bias)
+    k, v = (
+        torch.cat([own[C], *(case.split(f(m)).expand(2, -1, -1, -1) for m in more)], 2)
+        for own, f in ((case.k, case.attn.to_k), (case.v, case.attn.to_v))
+    )
+    p = case.p(case.q[C], k, torch.cat([torch.zeros(1, 1, TOKENS, TOKENS + 4), bias], -1))
+    lost = 0.7 * p[..., TOKENS : TOKENS + 4].sum(-1, keepdim=True)
+    p[..., TOKENS : TOKENS + 4] *= 0.3
+    expected = case.plain()
+    expected[C] = p @ v + lost * expected[C]
+    case.check(expected, ("c",))
+    with pytest.raises(ValueError, match="0 to 1"):
+        case.call.extend("c", tokens=more[0], share=1.5)
+
+
 def test_extend_of_weight_zero_is_absence_and_small_is_close() -> None:
     case = Case("self")
     case.call.extend("c", tokens=normal(1, 4, 12), weight=0.0)

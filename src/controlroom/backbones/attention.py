@@ -200,6 +200,7 @@ class _Attend:
         self.affine()
         operations = self.operations
         self.branch_qkv: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
+        self.shares: dict[str, torch.Tensor] = {}
         if operations.splits:
             for name in self.layout.names:
                 self.branch_qkv[name] = self.of_branch(name)
@@ -244,8 +245,14 @@ class _Attend:
         own = self.operations.biases.get(name)
         if own is not None:
             bias = own.to(q) if bias is None else bias + own.to(q)
-        for extension in self.operations.extensions.get(name, ()):
+        lengths, extensions = [k.shape[2]], self.operations.extensions.get(name, ())
+        for extension in extensions:
             k, v, bias = self.extended(name, q, k, v, bias, extension)
+            lengths.append(k.shape[2] - sum(lengths))
+        if any(extension.share < 1 for extension in extensions):
+            shares = [1.0, *(extension.share for extension in extensions)]
+            parts = [q.new_full((length,), share) for length, share in zip(lengths, shares, strict=True)]
+            self.shares[name] = torch.cat(parts)
         return q, k, v, bias
 
     def rows_from(self, whole: torch.Tensor, source: str, name: str) -> torch.Tensor:
@@ -300,6 +307,8 @@ class _Attend:
         for name, (_, k, _, bias) in self.branch_qkv.items():
             if name in self.operations.mixes:
                 outs[name] = self.mixed(name, self.operations.mixes[name])
+            elif name in self.shares:
+                outs[name] = self.shared(name)
             else:
                 groups.setdefault((k.shape[2], bias is None), []).append(name)
         for (_, free), names in groups.items():
@@ -312,6 +321,16 @@ class _Attend:
             joined = self.sdpa(q, k, v, bias)
             outs.update(zip(names, joined.split([part[0].shape[0] for part in parts]), strict=True))
         return torch.cat([outs[name] for name in self.layout.names])
+
+    def shared(self, name: str) -> torch.Tensor:
+        """Joined keys give back a part of what they won: P(share ⊙ V) + (P(1 − share)) · own attention."""
+        (q, k, v, bias), share = self.branch_qkv[name], self.shares[name][:, None]
+        own = self.k.shape[2]
+        # One more column of values counts what is given back.
+        given_back = (1 - share).expand(*v.shape[:2], -1, 1)
+        out = self.sdpa(q, k, torch.cat([v * share, given_back], dim=-1), bias)
+        alone = self.sdpa(q, k[:, :, :own], v[:, :, :own], None if bias is None else _four(bias)[..., :own])
+        return out[..., :-1] + out[..., -1:] * alone
 
     def mixed(self, name: str, terms: tuple[ValueTerm, ...]) -> torch.Tensor:
         """Sum over terms of P(source) · matrix · (weights ⊙ V(branch))."""
@@ -364,7 +383,12 @@ class _Attend:
         logits = (_wide(q) @ _wide(k).transpose(-1, -2)) * self.attn.scale
         if bias is not None:
             logits = logits + _four(bias).to(logits)
-        return self.match(logits.softmax(-1), name)
+        found = logits.softmax(-1)
+        if source in self.shares:
+            own, kept = self.k.shape[2], found * self.shares[source]
+            alone = logits[..., :own].softmax(-1) * (found - kept).sum(-1, keepdim=True)
+            found = torch.cat([kept[..., :own] + alone, kept[..., own:]], dim=-1)
+        return self.match(found, name)
 
     # stream and identity
 

@@ -39,6 +39,7 @@ class Extension:
     branch: str | None = None
     bias: torch.Tensor | None = None
     weight: float = 1.0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ class AttentionCall:
         source: str | None = None,
         bias: torch.Tensor | None = None,
         weight: float = 1.0,
+        share: float = 1.0,
     ) -> None:
         """Let a branch attend to more keys and values beside its own.
 
@@ -208,14 +210,19 @@ class AttentionCall:
             source: name of a branch whose keys and values (after ``affine``) are joined.
             bias: broadcastable to [rows, heads, queries, L], added to the logits of these keys.
             weight: factor on the unnormalised attention to these keys (log(weight) is added to their logits), so that 0
-                is exactly their absence and small values are close to it. Must be at least 0.
+                is exactly their absence. Must be at least 0. How close small values come to absence depends on the
+                logits; use ``share`` where it must not.
+            share: 0 to 1, part of the attention won by these keys that they keep; the rest goes back to the branch's
+                own keys, as it is divided among them. The output moves linearly with it, from their absence to all.
         """
         if sum((tokens is not None, k is not None and v is not None, source is not None)) != 1:
             raise ValueError("extend takes exactly one of tokens, (k and v), and source")
         if source is not None:
             self.rows(source)
-        if weight > 0:
-            extension = Extension(tokens=tokens, k=k, v=v, branch=source, bias=bias, weight=weight)
+        if not 0 <= share <= 1:
+            raise ValueError(f"share is {share}; expected 0 to 1")
+        if weight > 0 and share > 0:
+            extension = Extension(tokens=tokens, k=k, v=v, branch=source, bias=bias, weight=weight, share=share)
             self.operations.extensions.setdefault(branch, []).append(extension)
 
     def bias(self, branch: str, bias: torch.Tensor) -> None:
