@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from controlroom.catalog import control_class as control_class
+    from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
     from controlroom.core.control import Control as Control
     from controlroom.core.errors import ConflictError as ConflictError
@@ -45,6 +46,7 @@ _EXPORTS: dict[str, str] = {
     "explain": "controlroom.sampling.pipeline",
     "replay": "controlroom.sampling.pipeline",
     # controls
+    "AppearanceControl": "controlroom.controls.pose.appearance",
     "ControlNet": "controlroom.controls.spatial.controlnet",
     # catalogue
     "control_class": "controlroom.catalog",

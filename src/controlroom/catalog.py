@@ -112,10 +112,10 @@ SYSTEMS: tuple[System, ...] = (
         papers=(MAGICPOSE,),
         does="A copy of the UNet reads the source; its inputs of self-attention join the main network's keys and "
         "values.",
-        code=("controlroom.controls.personal.appearance:AppearanceControl",),
-        recipe="controlroom.training.recipes.appearance:AppearanceRecipe",
+        code=("controlroom.controls.pose.appearance:AppearanceControl",),
         backbones=SD,
         weights_licence="USC research licence, non-commercial",
+        status="working",
         neutral=SCALE_0,
         proof="transcription of the published equations in the test, on tiny random weights",
     ),
@@ -557,6 +557,7 @@ SYSTEMS: tuple[System, ...] = (
         does="Swap, refine and re-weight words, with local blend.",
         code=("controlroom.controls.editing.prompt_to_prompt:PromptToPrompt",),
         backbones=SD,
+        status="working",
         neutral="cross_replace=0, self_replace=0",
         proof="transcription of the published edit that materialises probabilities, in the test",
     ),
@@ -821,7 +822,7 @@ SYSTEMS: tuple[System, ...] = (
 
 # The `type` of a control in a run file -> its class. One line for each control that can be named there.
 CONTROL_TYPES: dict[str, str] = {
-    "appearance_control": "controlroom.controls.personal.appearance:AppearanceControl",
+    "appearance_control": "controlroom.controls.pose.appearance:AppearanceControl",
     "attend_and_excite": "controlroom.controls.guidance.attend_and_excite:AttendAndExcite",
     "controlnet": "controlroom.controls.spatial.controlnet:ControlNet",
     "ip_adapter": "controlroom.controls.personal.ip_adapter:IPAdapter",

@@ -26,7 +26,7 @@ def level_sizes(unet: Any, hw: tuple[int, int]) -> list[tuple[int, int]]:
     return sizes
 
 
-def _stages(unet: Any, hw: tuple[int, int]) -> Iterator[_Stage]:
+def stages(unet: Any, hw: tuple[int, int]) -> Iterator[_Stage]:
     """Resnets, attentions and samplers with their size, in the order in which they run."""
     sizes = level_sizes(unet, hw)
     level = 0
@@ -66,7 +66,7 @@ def attention_sites(unet: Any, hw: tuple[int, int]) -> tuple[Site, ...]:
     """Attention layers in the order of execution; ``index`` counts self- and cross-attention apart."""
     counts = {"self": 0, "cross": 0}
     found = []
-    for prefix, module, place, number, size in _stages(unet, hw):
+    for prefix, module, place, number, size in stages(unet, hw):
         for name, found_module in module.named_modules():
             layer: Any = found_module
             if not (hasattr(layer, "set_processor") and hasattr(layer, "to_q")):
@@ -87,7 +87,7 @@ def feature_sites(unet: Any, hw: tuple[int, int]) -> tuple[Site, ...]:
         found.append(Site(name, kind, place, number, counts[kind], size, channels))
         counts[kind] += 1
 
-    for name, module, place, number, size in _stages(unet, hw):
+    for name, module, place, number, size in stages(unet, hw):
         part = name.split(".")[-2]
         for inner, norm in module.named_modules():
             if isinstance(norm, nn.GroupNorm) and inner:
