@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from controlroom.catalog import control_class as control_class
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
+    from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt as PromptToPrompt
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
     from controlroom.core.control import Control as Control
     from controlroom.core.errors import ConflictError as ConflictError
@@ -48,6 +49,7 @@ _EXPORTS: dict[str, str] = {
     # controls
     "AppearanceControl": "controlroom.controls.pose.appearance",
     "ControlNet": "controlroom.controls.spatial.controlnet",
+    "PromptToPrompt": "controlroom.controls.editing.prompt_to_prompt",
     # catalogue
     "control_class": "controlroom.catalog",
 }

@@ -53,6 +53,8 @@ class Branch:
         purpose: ``picture`` denoises the picture, ``variant`` a variant of it: both receive spatial and image-prompt
             controls. ``reference`` only supplies features and receives none unless a control names it.
         needs: branches whose features it reads in the same pass.
+        read_by: branches of others (``cond``) that read its features in the main pass. Only checked: in passes without
+            this branch they run alone.
         weights: tag of the weights it runs with; branches of other weights run in a pass of their own.
         timestep: fixed timestep (0 for a clean reference); None: the step's.
         steps: steps at which it runs; None: those of the control that declared it (all, for solver states).
@@ -63,6 +65,7 @@ class Branch:
     role: Literal["uncond", "cond", "extra"] = "extra"
     purpose: Literal["picture", "variant", "reference"] = "variant"
     needs: tuple[str, ...] = ()
+    read_by: tuple[str, ...] = ()
     weights: str = "base"
     timestep: float | None = None
     steps: frozenset[int] | None = None

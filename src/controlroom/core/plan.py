@@ -52,6 +52,11 @@ class Plan:
     _layouts: dict[frozenset[str], tuple[Layout, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What controls chose by themselves, each with the label of its control."""
+        return tuple(f"{entry.label}: {note}" for entry in self.controls for note in entry.declaration.notes)
+
+    @property
     def n(self) -> int:
         """Number of steps."""
         return self.outline.steps

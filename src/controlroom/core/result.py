@@ -22,6 +22,8 @@ class RunResult:
         latents: [B, C, h, w] as the sampler left them, not divided by the autoencoder's scaling factor.
         manifest: the run as data: ``spec``, ``cost``, ``seeds``, ``warnings``, ``dropped``, ``versions``, ``inputs``
             (hash of every input), ``replayable`` and, where it is false, ``reasons``.
+        states: final latents of the other pictures that controls drew along, by name (``source`` of Prompt-to-Prompt);
+            `Pipeline.decode` shows them.
         spec: the specification the run was made from, with the seed that was used.
         cancelled: the run was stopped before its last step.
     """
@@ -31,6 +33,7 @@ class RunResult:
     manifest: dict[str, Any]
     spec: RunSpec | None = None
     cancelled: bool = False
+    states: dict[str, torch.Tensor] = field(default_factory=dict)
     texts: list[dict[str, str]] = field(default_factory=list, repr=False)
 
     def save(self, path: str | os.PathLike[str], index: int = 0) -> None:

@@ -71,6 +71,7 @@ class Run:
         negative_prompts: negative prompt of each image; None where none was given.
         size: height and width of the picture in pixels.
         eta: of DDIM.
+        clip_skip: layers of CLIP that every prompt of the run leaves out at the end.
         cost: what was spent so far.
     """
 
@@ -84,6 +85,7 @@ class Run:
     negative_prompts: tuple[str | None, ...]
     size: tuple[int, int]
     eta: float = 0.0
+    clip_skip: int | None = None
     cost: Cost = field(default_factory=Cost)
     conditions: dict[str, ConditionSource] = field(default_factory=dict)
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -177,7 +179,7 @@ class Run:
     def encode_text(self, prompts: Sequence[str] | str, negative: bool = False) -> Condition:
         """Condition of one row for each prompt; a single prompt is repeated for every image."""
         texts = [prompts] * self.images if isinstance(prompts, str) else list(prompts)
-        return self.backbone.encode_text(texts, negative=negative, size=self.size)
+        return self.backbone.encode_text(texts, negative=negative, size=self.size, clip_skip=self.clip_skip)
 
     def packed(self, step: Step, layout: Layout) -> Condition:
         """Conditions of a pass joined row by row; kept while they stay the same."""

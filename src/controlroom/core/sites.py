@@ -6,8 +6,12 @@ counts layer calls: the place, the order of execution and the resolution are fac
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from controlroom.core.errors import InputError
 
 AttentionKind = Literal["self", "cross"]
 FeatureKind = Literal["resnet", "transformer", "downsample", "upsample", "norm"]
@@ -36,3 +40,29 @@ class Site:
     index: int
     hw: tuple[int, int]
     channels: int
+
+
+def nearest_size(sites: Iterable[Site], latent: tuple[int, int], resolution: int | None = None) -> tuple[int, int]:
+    """Size of the layers at which attention shows objects: a quarter of the latents' sides, or the nearest there is.
+
+    For Stable Diffusion at 64x64 latents that is 16x16, where the papers look.
+
+    Args:
+        sites: layers to choose from.
+        latent: height and width of the latents.
+        resolution: shorter side in tokens; None: derived as above.
+
+    Raises:
+        InputError: no layer has that resolution.
+    """
+    sizes = sorted({site.hw for site in sites}, reverse=True)
+    if resolution is not None:
+        found = [hw for hw in sizes if min(hw) == resolution]
+        if not found:
+            known = ", ".join(str(min(hw)) for hw in sizes)
+            raise InputError(f"No such layer of this network has resolution {resolution}; there are {known}.")
+        return found[0]
+    if not sizes:
+        raise InputError("This network has no such layers.")
+    wanted = [max(1.0, -(-side // 4)) for side in latent]
+    return min(sizes, key=lambda hw: sum(abs(math.log(side / want)) for side, want in zip(hw, wanted, strict=True)))

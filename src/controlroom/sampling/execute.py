@@ -15,7 +15,7 @@ from PIL import Image
 from controlroom.backbones.attention import Dispatcher
 from controlroom.backbones.base import Backbone
 from controlroom.backbones.sdxl import StableDiffusionXL
-from controlroom.core.branch import Condition
+from controlroom.core.branch import IMAGE, Condition
 from controlroom.core.control import Outline, implements
 from controlroom.core.errors import InputError
 from controlroom.core.picture import DrawnImage
@@ -115,6 +115,7 @@ def run_spec(
         negative_prompts=prepared.negative_prompts,
         size=prepared.size,
         eta=spec.eta,
+        clip_skip=spec.clip_skip,
     )
     with ExitStack() as stack:
         for entry in plan.controls:
@@ -137,7 +138,8 @@ def run_spec(
     manifest = manifest_of(run, spec, progress.cancelled, reasons)
     texts = [png_text(manifest, run, spec, index) for index in range(run.images)]
     images = final if spec.output_type == "latent" else to_images(backbone.decode(final), spec.output_type, texts)
-    return RunResult(images, final, manifest, spec, progress.cancelled, texts)
+    others = {name: progress.latents[name] for name in solved if name != IMAGE}
+    return RunResult(images, final, manifest, spec, progress.cancelled, others, texts)
 
 
 def set_text_conditions(run: Run, spec: RunSpec) -> None:

@@ -20,6 +20,7 @@ class Explanation:
         claims: control -> what it writes.
         dropped: control -> why it changes nothing.
         warnings: orders that matter.
+        notes: what controls chose by themselves.
     """
 
     rows: tuple[int, ...]
@@ -30,6 +31,7 @@ class Explanation:
     claims: dict[str, tuple[str, ...]]
     dropped: dict[str, str]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.rows)} steps, {sum(self.rows)} UNet rows in {sum(self.passes)} passes"]
@@ -45,6 +47,7 @@ class Explanation:
             lines += [f"  {label}: {', '.join(items)}" for label, items in self.claims.items() if items]
         lines += [f"dropped: {label}, {why}" for label, why in self.dropped.items()]
         lines += [f"warning: {text}" for text in self.warnings]
+        lines += [f"note: {text}" for text in self.notes]
         return "\n".join(lines)
 
 
@@ -90,6 +93,7 @@ def explain_plan(plan: Plan) -> Explanation:
         claims=claims,
         dropped=dict(plan.dropped),
         warnings=plan.warnings,
+        notes=plan.notes,
     )
 
 

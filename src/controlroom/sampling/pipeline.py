@@ -17,7 +17,7 @@ from controlroom.core.result import RunResult
 from controlroom.core.run import Run
 from controlroom.core.spec import RunSpec
 from controlroom.core.step import Step
-from controlroom.sampling.execute import Generators, callback_tensors, plan_run, run_spec
+from controlroom.sampling.execute import Generators, callback_tensors, plan_run, run_spec, to_images
 from controlroom.sampling.explain import Explanation, explain_plan
 from controlroom.sampling.loop import OnStep
 from controlroom.sampling.manifest import read_recorded
@@ -267,6 +267,19 @@ class Pipeline:
             finally:
                 if self._offload_hooks:
                     self._offload_hooks[-1].offload()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """Latents [B, C, h, w] as the sampler leaves them (``result.states``) -> pictures, as a run gives them.
+
+        Raises:
+            InputError: not such latents, or an unknown ``output_type``.
+        """
+        if not isinstance(latents, torch.Tensor) or latents.ndim != 4:
+            raise InputError("decode takes latents, a tensor [images, channels, height, width].")
+        if output_type not in ("pil", "np", "pt"):
+            raise InputError(f"output_type is pil, np or pt, got {output_type!r}.")
+        return to_images(self.backbone.decode(latents), output_type, [{} for _ in range(latents.shape[0])])
 
     def explain(self, spec: RunSpec) -> Explanation:
         """What a run would do: branches, rows and passes for each step, claims, warnings. Nothing is computed."""

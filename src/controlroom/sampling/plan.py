@@ -152,11 +152,14 @@ def _check_branches(plan: Plan) -> None:
                     f"Branch {name!r} needs the branch {need!r}, which this run does not have"
                     + (" (guidance_scale is at most 1)." if need.endswith("uncond") else ".")
                 )
-            apart = plan.hw_of(need) != plan.hw_of(name) or plan.branches[need].weights != branch.weights
-            if apart:
+        pairs = [(name, need) for need in branch.needs]
+        pairs += [(reader, name) for reader in branch.read_by if reader in plan.branches]
+        for reader, read in pairs:
+            weights = plan.branches[reader].weights, plan.branches[read].weights
+            if plan.hw_of(reader) != plan.hw_of(read) or weights[0] != weights[1]:
                 raise ConflictError(
-                    f"Branch {name!r} reads features of {need!r}, but they are of different sizes or weights and "
-                    "cannot share a pass. Use pictures of one size."
+                    f"Branch {reader!r} reads features of {read!r}, but they are of different sizes or weights and "
+                    "cannot share a pass. Use pictures of one size, and no views of the canvas beside them."
                 )
     for entry in plan.controls:
         energy = entry.declaration.energy

@@ -85,6 +85,10 @@ def initial_latents(run: Run, given: torch.Tensor | None) -> dict[str, torch.Ten
             found[name] = run.initial[name].to(device=run.device, dtype=run.dtype)
             continue
         shape = run.latent_shape(name)
+        if state.noise_from in run.initial and state.noise_from in found:
+            # A state that shares the picture's noise starts where the picture starts (image to image).
+            found[name] = found[state.noise_from][: shape[0]].expand(shape)
+            continue
         if name == IMAGE and given is not None:
             if tuple(given.shape) != shape:
                 raise InputError(f"latents has the shape {tuple(given.shape)}; this run needs {shape}.")
