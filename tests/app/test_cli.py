@@ -136,7 +136,8 @@ def test_explain_prints_rows_and_passes_of_each_step(
 def test_controls_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["controls", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {"controlnet", "ip_adapter", "prompt_to_prompt"} <= {row["type"] for row in rows}
+    types = [row["type"] for row in rows if row["type"]]
+    assert {"controlnet", "ip_adapter", "prompt_to_prompt"} <= set(types) and len(types) == len(set(types))
     assert main(["controls"]) == 0
     assert "Attend-and-Excite" in capsys.readouterr().out
     assert main(["controls", "--all", "--json"]) == 0
@@ -251,6 +252,14 @@ def test_a_disk_that_fills_up_leaves_the_old_file(
     monkeypatch.setattr(files, "_flush_to_disk", full)
     line = failed(capsys, "generate", "cat", "--model", model, "--steps", "1", "-o", "cat.png")
     assert "no space left" in line and "free some space" in line
+
+
+def test_results_that_cannot_be_printed_are_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        code = "import sys; from controlroom.app.cli import main; sys.exit(main(['controls']))"
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: the result cannot be printed: no space is left on the disk. Free some."]
 
 
 def test_replay_says_what_it_cannot_restore(here: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:

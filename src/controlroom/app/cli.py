@@ -7,6 +7,7 @@ anything else is a defect of controlroom, exit code 1, with its trace after ``--
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -57,12 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in options
     if debug:
         line.remove("--debug")
-    # Nothing is downloaded that was not asked for: a mistyped path must not become a request to the hub.
     try:
-        typer.main.get_command(app).main(args=line, prog_name="controlroom", standalone_mode=True)
-        return 0
-    except SystemExit as exit:
-        return _code(exit.code)
+        code = _run(line)
+        sys.stdout.flush()  # a full disk may only show here
+        return code
     except KeyboardInterrupt:
         return _failed("interrupted; nothing was written", 130)
     except ControlRoomError as error:
@@ -70,28 +69,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _failed(f"error: {error}", 2)
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`); Python must not complain about that at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _mute(0)  # the reader of our output has gone (`| head`), which is not our mistake
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return _defect(error, debug)
+        # Files say so themselves (`OutputError`); this is the terminal's or a redirection's disk.
+        return _mute(_failed("error: the result cannot be printed: no space is left on the disk. Free some.", 2))
+    except MemoryError:
+        return _failed("error: there is not enough memory for this run. Draw fewer or smaller pictures.", 2)
     except Exception as error:
-        if debug:
-            raise
-        return _failed(
-            f"unexpected error: {type(error).__name__}: {str(error)[:400]} (a defect of controlroom; run it again with "
-            "--debug to see where, and report it)",
-            1,
-        )
+        return _defect(error, debug)
+
+
+def _defect(error: Exception, debug: bool) -> int:
+    if debug:
+        raise error
+    return _failed(
+        f"unexpected error: {type(error).__name__}: {str(error)[:400]} (a defect of controlroom; run it again with "
+        "--debug to see where, and report it)",
+        1,
+    )
+
+
+def _run(line: list[str]) -> int:
+    try:
+        typer.main.get_command(app).main(args=line, prog_name="controlroom", standalone_mode=True)
+    except SystemExit as exit:
+        code = exit.code
+        if code == 1 and isinstance(exit.__context__, BrokenPipeError):
+            return _mute(0)
+        return code if isinstance(code, int) else int(code is not None)
+    return 0
+
+
+def _mute(code: int) -> int:
+    """Nothing more can be printed; Python must not complain about that at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def _failed(message: str, code: int) -> int:
     print(" ".join(message.split()), file=sys.stderr)
     return code
-
-
-def _code(code: object) -> int:
-    if code is None:
-        return 0
-    return code if isinstance(code, int) else 1
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import typer
 from controlroom.catalog import CONTROL_TYPES, SYSTEMS, System, control_class
 
 _CONTROLS = "controlroom.controls."
+_COLUMNS = ("type", "name", "state", "models", "off by", "what it does")
 
 
 def controls(
@@ -25,18 +26,25 @@ def controls(
     if json:
         typer.echo(json_module.dumps(rows, ensure_ascii=False))
         return
+    cells = [
+        (row["type"] or "–", row["name"], row["status"], " ".join(row["backbones"]), row["neutral"] or "–", row["does"])
+        for row in rows
+    ]
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("type", "name", "state", "models", "off by", "what it does"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("type", "state"))
-    for row in rows:
-        models = " ".join(row["backbones"])
-        table.add_row(row["type"] or "–", row["name"], row["status"], models, row["neutral"] or "–", row["does"])
     console = Console()
-    # A pipe has no width: whatever reads it gets whole lines.
-    (console if console.is_terminal else Console(width=240)).print(table)
+    if not console.is_terminal:
+        # What reads a pipe wants a line for each control, however long.
+        typer.echo("\n".join("\t".join(line) for line in (_COLUMNS, *cells)))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    shown = [i for i, column in enumerate(_COLUMNS) if console.width >= 120 or column not in ("models", "off by")]
+    for i in shown:
+        table.add_column(_COLUMNS[i], overflow="fold", no_wrap=_COLUMNS[i] in ("type", "state"))
+    for line in cells:
+        table.add_row(*(line[i] for i in shown))
+    console.print(table)
 
 
 def _rows(system: System, every: bool) -> list[dict[str, Any]]:
@@ -50,11 +58,18 @@ def _rows(system: System, every: bool) -> list[dict[str, Any]]:
         "papers": [paper.url for paper in system.papers if paper.url],
         "weights_licence": system.weights_licence,
     }
-    own = [path for path in system.code if path.startswith(_CONTROLS)]
-    types = [type_name for type_name, path in CONTROL_TYPES.items() if path in own]
+    own = {path for path in system.code if path.startswith(_CONTROLS)}
+    types = [type_name for type_name, path in CONTROL_TYPES.items() if path in own and _home(type_name) is system]
     if types:
         return [{"type": type_name, "key": system.key, **facts} for type_name in types]
-    return [{"type": None, "key": system.key, **facts}] if own or every else []
+    shared = own & set(CONTROL_TYPES.values())  # uses a control that is listed under its own name
+    return [{"type": None, "key": system.key, **facts}] if (own and not shared) or every else []
+
+
+def _home(type_name: str) -> System | None:
+    """The system that a control belongs to, where several use it: the one of its name, or the first."""
+    users = [system for system in SYSTEMS if CONTROL_TYPES[type_name] in system.code]
+    return next((system for system in users if system.key == type_name), users[0] if users else None)
 
 
 def _print_settings(name: str, json: bool) -> None:
