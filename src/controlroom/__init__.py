@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt as PromptToPrompt
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
+    from controlroom.controls.style.reference_only import ReferenceOnly as ReferenceOnly
     from controlroom.core.control import Control as Control
     from controlroom.core.errors import ConflictError as ConflictError
     from controlroom.core.errors import ControlRoomError as ControlRoomError
@@ -50,6 +51,7 @@ _EXPORTS: dict[str, str] = {
     "AppearanceControl": "controlroom.controls.pose.appearance",
     "ControlNet": "controlroom.controls.spatial.controlnet",
     "PromptToPrompt": "controlroom.controls.editing.prompt_to_prompt",
+    "ReferenceOnly": "controlroom.controls.style.reference_only",
     # catalogue
     "control_class": "controlroom.catalog",
 }

@@ -187,6 +187,7 @@ SYSTEMS: tuple[System, ...] = (
         "and diffusers communities.",
         code=("controlroom.controls.style.reference_only:ReferenceOnly",),
         backbones=SD,
+        status="working",
         neutral=SCALE_0,
         proof="transcription of the community pipeline's equations in the test",
     ),
