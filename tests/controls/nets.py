@@ -23,3 +23,81 @@ def tiny_controlnet(unet: Any, seed: int = 7, strength: float = 0.3, **settings:
             ):
                 parameter.normal_(0.0, strength)
     return net
+
+
+def tiny_image_encoder(seed: int = 11) -> Any:
+    """A CLIP image encoder of two layers: 17 states of width 32, features of width 24, pictures of 32 pixels."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=37,
+        projection_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def tiny_ip_adapter(unet: Any, kind: str = "base", seed: int = 13, tokens: int = 4) -> dict[str, torch.Tensor]:
+    """Random tensors of an IP-Adapter's file for a miniature, named as in the published files."""
+    width = unet.config.cross_attention_dim
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(out: int, into: int, gain: float = 1.0) -> torch.Tensor:
+        return torch.randn(out, into, generator=generator) * gain / into**0.5
+
+    def norm(name: str, size: int) -> dict[str, torch.Tensor]:
+        ones = 1 + 0.3 * torch.randn(size, generator=generator)
+        return {f"{name}.weight": ones, f"{name}.bias": 0.3 * torch.randn(size, generator=generator)}
+
+    def linear(name: str, out: int, into: int) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": matrix(out, into), f"{name}.bias": torch.randn(out, generator=generator)}
+
+    image: dict[str, torch.Tensor] = {}
+    if kind == "base":
+        image = {**linear("proj", tokens * width, 24), **norm("norm", width)}
+    elif kind == "full":
+        image = {**linear("proj.0", 32, 32), **linear("proj.2", width, 32), **norm("proj.3", width)}
+    elif kind == "faceid":
+        image = {**linear("proj.0", 20, 10), **linear("proj.2", tokens * width, 20), **norm("norm", width)}
+    elif kind == "plus":
+        hidden = 48
+        image = {
+            "latents": torch.randn(1, tokens, hidden, generator=generator),
+            **linear("proj_in", hidden, 32),
+            **linear("proj_out", width, hidden),
+            **norm("norm_out", width),
+        }
+        for i in range(4):
+            image |= {**norm(f"layers.{i}.0.norm1", hidden), **norm(f"layers.{i}.0.norm2", hidden)}
+            image |= {
+                f"layers.{i}.0.to_q.weight": matrix(128, hidden),
+                f"layers.{i}.0.to_kv.weight": matrix(256, hidden),
+            }
+            image |= {f"layers.{i}.0.to_out.weight": matrix(hidden, 128), **norm(f"layers.{i}.1.0", hidden)}
+            image |= {f"layers.{i}.1.1.weight": matrix(4 * hidden, hidden)}
+            image |= {f"layers.{i}.1.3.weight": matrix(hidden, 4 * hidden)}
+    found = {f"image_proj.{key}": value for key, value in image.items()}
+    number = 1
+    for number_of_layer, name in enumerate(unet.attn_processors):
+        layer = unet.get_submodule(name.removesuffix(".processor"))
+        inner = layer.to_q.weight.shape[0]
+        if not name.endswith("attn1.processor"):
+            for part in ("k", "v"):
+                found[f"ip_adapter.{number}.to_{part}_ip.weight"] = matrix(inner, width, 1.5)
+            number += 2
+        if kind == "faceid":
+            for part, linear_layer in (
+                ("q", layer.to_q),
+                ("k", layer.to_k),
+                ("v", layer.to_v),
+                ("out", layer.to_out[0]),
+            ):
+                key = f"ip_adapter.{number_of_layer}.to_{part}_lora"
+                found[f"{key}.down.weight"] = matrix(3, linear_layer.in_features)
+                found[f"{key}.up.weight"] = matrix(linear_layer.out_features, 3, 0.2)
+    return found

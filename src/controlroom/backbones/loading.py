@@ -239,7 +239,7 @@ def check_folder(folder: Path, variant: str | None = None) -> None:
             f"{folder} has no model_index.json, so it is not a model in diffusers' layout. Give the folder that holds "
             "unet/, vae/ and text_encoder/."
         )
-    parts = _read_json(index)
+    parts = read_json(index)
     for part, entry in parts.items():
         if part.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
             continue
@@ -255,9 +255,9 @@ def check_folder(folder: Path, variant: str | None = None) -> None:
             ):
                 raise ModelError(f"{place} has neither vocab.json with merges.txt nor tokenizer.json. Restore them.")
         elif part == "scheduler":
-            _read_json(place / "scheduler_config.json")
+            read_json(place / "scheduler_config.json")
         else:
-            _read_json(place / "config.json")
+            read_json(place / "config.json")
             _check_weights(place, variant)
 
 
@@ -274,7 +274,12 @@ def _check_weights(place: Path, variant: str | None) -> None:
             raise ModelError(f"{file} is empty or cut off. Copy it again.")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ModelError: missing, broken, or not an object.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -289,7 +294,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _load_folder(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
     import diffusers
 
-    kind = str(_read_json(folder / "model_index.json").get("_class_name", ""))
+    kind = str(read_json(folder / "model_index.json").get("_class_name", ""))
     base = diffusers.StableDiffusionXLPipeline if "XL" in kind else diffusers.StableDiffusionPipeline
     pipeline = explained(
         str(folder),

@@ -104,6 +104,20 @@ def resized_mask(mask: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
     return mask if tuple(mask.shape[-2:]) == hw else F.interpolate(mask.float(), size=hw, mode="area").to(mask.dtype)
 
 
+def tokens_hw(latent: tuple[int, int], queries: int) -> tuple[int, int]:
+    """Height and width of a layer with that many queries: the latents' halved, rounded up, until they fit.
+
+    >>> tokens_hw((17, 16), 72)
+    (9, 8)
+    """
+    height, width = latent
+    while height * width > queries:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if height * width != queries:
+        raise ValueError(f"{queries} queries do not come from latents of {latent[0]} x {latent[1]} by halving")
+    return height, width
+
+
 def is_pose(source: Any) -> bool:
     """Whether a source is a pose rather than a picture."""
     if isinstance(source, str | os.PathLike):

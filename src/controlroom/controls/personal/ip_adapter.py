@@ -1,0 +1,263 @@
+"""IP-Adapter (Ye et al., "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models",
+arXiv 2308.06721).
+
+A picture becomes a few tokens, to which every cross-attention layer attends with the same queries but keys and values
+of its own; the result is added to that of the words.
+
+Scales by layer are those of InstantStyle (arXiv 2404.02733). Deviations from diffusers: a mask keeps its grey values;
+``pooling`` pools the features of several pictures; scales for each picture also work without masks, where each picture
+is then attended to by itself.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+
+from controlroom.backbones.image_encoder import check_image_encoder, image_features
+from controlroom.backbones.ip_adapter import (
+    IPAdapterModel,
+    adapted_attention,
+    adapter_file,
+    adapter_from_tensors,
+    check_adapter,
+    find_image_encoder,
+    layer_numbers,
+    load_ip_adapter,
+)
+from controlroom.backbones.loading import find_model, keep
+from controlroom.controls.condition_map import mask_map, rows_of, tokens_hw
+from controlroom.controls.layer_scales import Scale, layer_scales, leaves
+from controlroom.controls.prompt_pictures import given_features, prompt_pixels
+from controlroom.core.attention import AttentionCall
+from controlroom.core.backbone import Backbone
+from controlroom.core.claims import Claim
+from controlroom.core.control import Control, Declaration, Outline
+from controlroom.core.errors import InputError, ModelError
+from controlroom.core.run import Run
+
+
+@dataclass
+class _Memory:
+    """What a run knows of one adapter.
+
+    Attributes:
+        model: the adapter.
+        tokens: of the pictures, [1 or images, pictures, length, width]; and for branches without words.
+        masks: one for each picture, or one for all, [images, 1, H, W]; empty: none.
+        scales: of each layer.
+        numbers: of each layer in the file.
+        apart: each picture is attended to by itself.
+        projected: keys and values, kept since the tokens stay the same.
+        queries: masks at the size of a layer.
+    """
+
+    model: IPAdapterModel
+    tokens: dict[bool, torch.Tensor]
+    masks: list[torch.Tensor]
+    scales: dict[str, Scale]
+    numbers: dict[str, int]
+    apart: bool
+    projected: dict[tuple[str, bool, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    queries: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict)
+
+
+class IPAdapter(Control):
+    """Let a picture say what words cannot: a prompt made of pictures, beside the words.
+
+    Args:
+        model: ``.safetensors`` file (or a folder with one), downloaded hub id with the path inside, name of the
+            theatre, a mapping of tensors with a file's keys, or an `IPAdapterModel`. Base, plus, full face and FaceID
+            files are told apart by their keys; FaceID's changes to the layers act in the whole run.
+        image: a picture, or a list of several: their tokens are joined. A list of lists: one list for each prompt. A
+            float tensor ``[n, 3, S, S]`` of the image encoder's size with values outside [0, 1] is taken as normalised
+            already.
+        embeds: features instead of pictures: ``[pictures, …]``, or ``[2, pictures, …]`` with those of the branch
+            without words first, as diffusers' ``ip_adapter_image_embeds``.
+        scale: a number; by layer, ``{"up": {"block_0": [0.0, 1.0, 0.0]}}`` (the rest is 0); or a list of one number for
+            each picture, which are then attended to by themselves. 0 is the absence of the control.
+        mask: white where the pictures act; or one for each picture, which are then attended to by themselves.
+        start, end: share of the steps between which it acts.
+        pooling: of several pictures: the ``mean`` or ``max`` of their features; None: their tokens are joined.
+        image_encoder: folder or loaded `CLIPVisionModelWithProjection`; None: the folder ``image_encoder`` beside the
+            file.
+
+    Raises:
+        InputError: neither or both of image and embeds; at the start of a run, something that does not fit.
+        ModelError: at the start of a run: no such model, or one for another base model.
+    """
+
+    type: Literal["ip_adapter"] = "ip_adapter"
+    model: Any
+    image: Any = None
+    embeds: Any = None
+    scale: float | dict[str, Any] | list[Any] = 1.0
+    mask: Any = None
+    start: float = Field(default=0.0, ge=0.0, le=1.0)
+    end: float = Field(default=1.0, ge=0.0, le=1.0)
+    pooling: Literal["mean", "max"] | None = None
+    image_encoder: Any = None
+
+    @field_validator("scale", mode="after")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        if not leaves(value):
+            raise ValueError("expected a number, or numbers by layer")
+        return value
+
+    def neutral(self, n: int) -> bool:
+        return not any(leaves(self.scale)) or not self.window(n)
+
+    def declare(self, outline: Outline) -> Declaration:
+        scales = layer_scales(self.scale, outline.sites("cross"))
+        sites = tuple(site for site in outline.attention if site.name in scales and any(leaves(scales[site.name])))
+        return Declaration(attention=sites, claims=(Claim("out", "stream", frozenset(site.name for site in sites)),))
+
+    def attach(self, backbone: Backbone) -> AbstractContextManager[None] | None:
+        adapter = self._adapter(backbone)
+        return adapted_attention(adapter, backbone.unet) if adapter.adapts_attention else None
+
+    def prepare(self, run: Run) -> _Memory:
+        if (self.image is None) == (self.embeds is None):
+            raise InputError("IPAdapter needs a picture: give image or embeds, one of them.")
+        adapter = self._adapter(run.backbone)
+        positive, negative = self._features(run, adapter)
+        if self.pooling is not None:
+            positive = _pooled(positive, self.pooling)
+            negative = None if negative is None else _pooled(negative, self.pooling)
+        tokens = {False: _tokens(adapter, positive)}
+        if negative is not None:
+            tokens[True] = _tokens(adapter, negative)
+        masks = [mask_map(mask, run) for mask in _masks(self.mask)]
+        scales = layer_scales(self.scale, run.plan.outline.sites("cross"))
+        pictures, lists = positive.shape[1], [x for x in scales.values() if isinstance(x, list)]
+        if len(masks) not in (0, 1, pictures):
+            raise InputError(f"There are {len(masks)} masks for {pictures} pictures. Give one, or one for each.")
+        if any(len(x) != pictures for x in lists):
+            raise InputError(f"scale has {len(lists[0])} numbers for {pictures} pictures. Give one, or one for each.")
+        apart = len(masks) > 1 or bool(lists)
+        return _Memory(adapter, tokens, masks, scales, layer_numbers(run.backbone.unet), apart)
+
+    def attention(self, call: AttentionCall) -> None:
+        memory: _Memory = call.step.memory(self)
+        name, plan = call.site.name, call.step.run.plan
+        scale = memory.scales[name]
+        pictures = range(memory.tokens[False].shape[1]) if memory.apart else (0,)
+        for branch in call.reached(self):
+            negative = plan.branches[branch].role == "uncond"
+            for picture in pictures:
+                factor = scale[picture] if isinstance(scale, list) else scale
+                if factor == 0:
+                    continue
+                k, v = self._projected(memory, name, negative, picture)
+                rows = call.layout.size(branch)
+                k, v = _rows(k, rows, branch), _rows(v, rows, branch)
+                mask = self._query_mask(memory, call, branch, picture) if memory.masks else None
+                call.stream(branch, k, v, scale=factor, query_mask=mask)
+
+    def _projected(self, memory: _Memory, name: str, negative: bool, picture: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer: those of one picture, or of all joined."""
+        key = (name, negative, picture)
+        if key not in memory.projected:
+            tokens = memory.tokens[negative]
+            tokens = tokens[:, picture] if memory.apart else tokens.flatten(1, 2)
+            memory.projected[key] = memory.model.keys_and_values(memory.numbers[name], tokens)
+        return memory.projected[key]
+
+    def _query_mask(self, memory: _Memory, call: AttentionCall, branch: str, picture: int) -> torch.Tensor:
+        """[rows, queries]: the mask at the size of the layer."""
+        queries, run = call.hidden.shape[1], call.step.run
+        key = (branch, picture, queries)
+        if key not in memory.queries:
+            mask = rows_of(memory.masks[picture % len(memory.masks)], run, branch)
+            hw = tokens_hw(run.plan.hw_of(branch), queries)
+            # Bicubic without smoothing, as diffusers does.
+            memory.queries[key] = F.interpolate(mask.float(), size=hw, mode="bicubic").flatten(1).to(run.dtype)
+        return memory.queries[key]
+
+    # Loading.
+
+    def _adapter(self, backbone: Backbone) -> IPAdapterModel:
+        unet = backbone.unet
+        if isinstance(self.model, str | os.PathLike):
+            path = adapter_file(find_model(self.model, "IP-Adapter"))
+            return keep(backbone, ("ip_adapter",), path, lambda: load_ip_adapter(path, unet)).to(backbone.device)
+        if isinstance(self.model, dict):
+            return adapter_from_tensors(self.model, unet).to(backbone.device)
+        if not isinstance(self.model, IPAdapterModel):
+            raise ModelError(f"An IP-Adapter cannot be made from a {type(self.model).__name__}; give a path.")
+        check_adapter(self.model, unet)
+        return self.model
+
+    def _features(self, run: Run, adapter: IPAdapterModel) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Features of the pictures [1 or images, pictures, …], and those of the branches without words."""
+        needed = any(branch.role == "uncond" for branch in run.plan.branches.values())
+        projection = adapter.image_proj
+        if self.embeds is not None:
+            positive, negative = given_features(self.embeds, projection.reads, 2 if projection.states else 1)
+            if needed and negative is None and projection.states:
+                side = torch.zeros(1, 3, *[self._encoder(run, adapter).config.image_size] * 2)
+                zero = image_features(self._encoder(run, adapter), side, states=True)[:, None]
+                negative = zero.expand(-1, positive.shape[1], *zero.shape[2:])
+        else:
+            if projection.identity:
+                raise InputError("A FaceID adapter reads a face's identity vector, not a picture. Give it as embeds.")
+            encoder = self._encoder(run, adapter)
+            pixels = prompt_pixels(self.image, encoder.config.image_size, run.images)
+            flat = image_features(encoder, pixels.flatten(0, 1), projection.states)
+            positive, negative = flat.unflatten(0, pixels.shape[:2]), None
+            if needed and projection.states:
+                # One black-out picture serves all: zeros after normalisation, as in training.
+                zero = image_features(encoder, torch.zeros_like(pixels[0, :1]), states=True)[None]
+                negative = zero.expand(-1, positive.shape[1], -1, -1)
+        if positive.shape[-1] != projection.reads:
+            raise ModelError(
+                f"The features are {positive.shape[-1]} wide, this adapter reads {projection.reads}. Give the image "
+                "encoder that belongs to it (image_encoder=…)."
+            )
+        if needed and negative is None:
+            negative = torch.zeros_like(positive[:1])
+        return positive.to(run.device, run.dtype), None if negative is None else negative.to(run.device, run.dtype)
+
+    def _encoder(self, run: Run, adapter: IPAdapterModel) -> Any:
+        encoder = self.image_encoder
+        if encoder is not None and not isinstance(encoder, str | os.PathLike):
+            check_image_encoder(encoder)
+            return encoder
+        path = None
+        if isinstance(self.model, str | os.PathLike):
+            path = adapter_file(find_model(self.model, "IP-Adapter"))
+        return find_image_encoder(encoder, path, adapter.image_proj, run.backbone)
+
+
+def _tokens(adapter: IPAdapterModel, features: torch.Tensor) -> torch.Tensor:
+    """[rows, pictures, …] -> [rows, pictures, length, width]."""
+    dtype = next(adapter.parameters()).dtype
+    return adapter.image_proj(features.flatten(0, 1).to(dtype)).unflatten(0, features.shape[:2])
+
+
+def _pooled(features: torch.Tensor, how: str) -> torch.Tensor:
+    return features.mean(1, keepdim=True) if how == "mean" else features.amax(1, keepdim=True)
+
+
+def _rows(x: torch.Tensor, rows: int, branch: str) -> torch.Tensor:
+    """Tokens of each prompt for the rows of a branch; rows of several views go view by view."""
+    if x.shape[0] in (1, rows):
+        return x
+    if rows % x.shape[0]:
+        raise InputError(f"The branch {branch!r} has {rows} pictures, the image prompt {x.shape[0]}.")
+    return x.repeat(rows // x.shape[0], 1, 1)
+
+
+def _masks(mask: Any) -> list[Any]:
+    if mask is None:
+        return []
+    if isinstance(mask, torch.Tensor) and mask.ndim in (3, 4):
+        return list(mask.reshape(-1, *mask.shape[-2:]))
+    return list(mask) if isinstance(mask, list | tuple) else [mask]
