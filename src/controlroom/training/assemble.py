@@ -82,6 +82,7 @@ def _text_encoder(target: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     _save_half(text, folder / "model.safetensors", metadata)
     text_settings = {**settings["text_config"], "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    text_settings["dtype"] = "float32"  # half precision is for the disk; transformers would compute in it otherwise
     write_text_atomically(folder / "config.json", json.dumps(text_settings, indent=2, sort_keys=True) + "\n")
     copied = copy_half(clip / "tokenizer", target / "tokenizer")
     return [folder / "model.safetensors", folder / "config.json", *copied]
