@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from controlroom.backbones.base import Backbone
+from controlroom.backbones.base import Backbone, execution_device
 from controlroom.backbones.sd1 import StableDiffusion1
 from controlroom.backbones.sd2 import StableDiffusion2
 from controlroom.backbones.sdxl import StableDiffusionXL
@@ -122,6 +122,19 @@ def keep(backbone: CoreBackbone, key: tuple[Any, ...], path: Path, load: Callabl
     if held is None or held[0] != stamp:
         held = backbone.kept[full] = (stamp, load())
     return held[1]
+
+
+def check_device(module: Any, device: torch.device, what: str) -> None:
+    """A module that was given is where the network runs; it is not moved, since it is the caller's.
+
+    Raises:
+        ModelError: it is elsewhere.
+    """
+    there = execution_device(module)
+    if there.type != device.type or (there.index or 0) != (device.index or 0):
+        raise ModelError(
+            f"The {what} is on {there}, the pipeline on {device}. Bring it there with .to({str(device)!r})."
+        )
 
 
 def backbone_from_components(source: Any) -> Backbone:

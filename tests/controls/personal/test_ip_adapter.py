@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from controlroom.backbones.image_projection import LinearProjection
 from controlroom.backbones.ip_adapter import IPAdapterModel, adapter_from_tensors, layer_numbers
 from controlroom.controls.personal.ip_adapter import IPAdapter
+from controlroom.controls.spatial.controlnet import ControlNet
 from controlroom.core.errors import InputError, ModelError
 from controlroom.sampling.pipeline import Pipeline
-from tests.controls.nets import tiny_image_encoder, tiny_ip_adapter
+from tests.controls.nets import tiny_controlnet, tiny_image_encoder, tiny_ip_adapter
 from tests.tiny import BACKBONES
 
 DRAW: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent"}
@@ -201,6 +202,40 @@ def test_window_is_that_of_a_scale_set_step_by_step(encoder: Any) -> None:
     )
     mine = ours("sd1", "base", encoder, settings, image=picture(), scale=0.8, start=0.25, end=0.75)
     check(mine, reference, without("sd1", **settings))
+
+
+def test_with_a_controlnet(encoder: Any) -> None:
+    """Both in one run against diffusers' pipeline with both."""
+    from diffusers import StableDiffusionControlNetPipeline
+    from transformers import CLIPImageProcessor
+
+    plain = BACKBONES["sd1"]()
+    net = tiny_controlnet(plain.unet)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    parts = {**plain.components, "image_encoder": encoder, "feature_extractor": processor}
+    pipe = StableDiffusionControlNetPipeline(**parts, controlnet=net)
+    pipe.set_progress_bar_config(disable=True)
+    file = tiny_ip_adapter(pipe.unet, "plus")
+    pipe.load_ip_adapter(nested(file), subfolder="", weight_name="", image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(0.6)
+    condition = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    settings = {"prompt": "a red cat", "guidance_scale": 7.5, **DRAW}
+    generator = torch.Generator().manual_seed(3)
+    reference = pipe(image=condition, ip_adapter_image=picture(), generator=generator, **settings).images
+    controls = [ControlNet(net, condition), IPAdapter(file, picture(), scale=0.6, image_encoder=encoder)]
+    for order in (controls, controls[::-1]):
+        mine = Pipeline.from_diffusers(BACKBONES["sd1"]())
+        drawn = mine(**settings, controls=order, generator=torch.Generator().manual_seed(3)).images
+        assert (drawn - reference).abs().max() <= 1e-4 * reference.std()
+
+
+def test_a_run_is_written_read_and_drawn_again(pipe: Pipeline, folder: Path, tmp_path: Path) -> None:
+    from controlroom.sampling.pipeline import replay
+
+    control = IPAdapter(folder / "base.safetensors", [picture()], scale={"up": 0.7}, mask=[Image.new("L", (4, 4), 200)])
+    result = pipe("cat", controls=[control], num_inference_steps=2, seed=5)
+    result.images[0].save(tmp_path / "cat.png")
+    assert replay(tmp_path / "cat.png", pipe).tobytes() == result.images[0].tobytes()
 
 
 # What every control promises.

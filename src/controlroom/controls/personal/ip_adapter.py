@@ -31,7 +31,7 @@ from controlroom.backbones.ip_adapter import (
     layer_numbers,
     load_ip_adapter,
 )
-from controlroom.backbones.loading import find_model, keep
+from controlroom.backbones.loading import check_device, find_model, keep
 from controlroom.controls.condition_map import mask_map, rows_of, tokens_hw
 from controlroom.controls.layer_scales import Scale, layer_scales, leaves
 from controlroom.controls.prompt_pictures import given_features, prompt_pixels
@@ -167,7 +167,9 @@ class IPAdapter(Control):
         if key not in memory.projected:
             tokens = memory.tokens[negative]
             tokens = tokens[:, picture] if memory.apart else tokens.flatten(1, 2)
-            memory.projected[key] = memory.model.keys_and_values(memory.numbers[name], tokens)
+            # Kept from pass to pass, so no pass's graph may hang on them.
+            with torch.no_grad():
+                memory.projected[key] = memory.model.keys_and_values(memory.numbers[name], tokens)
         return memory.projected[key]
 
     def _query_mask(self, memory: _Memory, call: AttentionCall, branch: str, picture: int) -> torch.Tensor:
@@ -193,6 +195,7 @@ class IPAdapter(Control):
         if not isinstance(self.model, IPAdapterModel):
             raise ModelError(f"An IP-Adapter cannot be made from a {type(self.model).__name__}; give a path.")
         check_adapter(self.model, unet)
+        check_device(self.model, backbone.device, "IP-Adapter")
         return self.model
 
     def _features(self, run: Run, adapter: IPAdapterModel) -> tuple[torch.Tensor, torch.Tensor | None]:
