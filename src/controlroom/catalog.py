@@ -113,6 +113,7 @@ SYSTEMS: tuple[System, ...] = (
         does="A copy of the UNet reads the source; its inputs of self-attention join the main network's keys and "
         "values.",
         code=("controlroom.controls.pose.appearance:AppearanceControl",),
+        recipe="controlroom.training.recipes.theatre_appearance:TheatreAppearance",
         backbones=SD,
         weights_licence="USC research licence, non-commercial",
         status="working",
@@ -127,7 +128,7 @@ SYSTEMS: tuple[System, ...] = (
         does="A pose ControlNet fine-tuned with the appearance module: jointly, with it frozen, or only the blocks "
         "that receive the pose.",
         code=("controlroom.controls.spatial.controlnet:ControlNet",),
-        recipe="controlroom.training.recipes.pose_control:PoseControlRecipe",
+        recipe="controlroom.training.recipes.theatre_pose_controlnet:TheatrePoseControlNet",
         signals=("pose",),
         backbones=SD,
         weights_licence="USC research licence, non-commercial",

@@ -196,7 +196,13 @@ def test_joined_is_attention_over_both_and_carries_gradients() -> None:
     with torch.no_grad():
         expected = unet(latents, 5, encoder_hidden_states=tokens).sample
     torch.testing.assert_close(got.detach(), expected, atol=1e-5, rtol=1e-5)
+    unet.set_attn_processor(AttnProcessor2_0())
+    with torch.no_grad(), joined(unet, bank, keep=torch.tensor([True, False])):
+        some = unet(latents, 5, encoder_hidden_states=tokens).sample
+    torch.testing.assert_close(some[:1], expected[:1], atol=1e-5, rtol=1e-5)
     plain = UNet2DConditionModel.from_config(unet.config)
     plain.load_state_dict(unet.state_dict())
     with torch.no_grad():
-        assert (plain(latents, 5, encoder_hidden_states=tokens).sample - expected).abs().max() > 1e-2
+        without = plain(latents, 5, encoder_hidden_states=tokens).sample
+    assert (without - expected).abs().max() > 1e-2
+    torch.testing.assert_close(some[1:], without[1:], atol=1e-5, rtol=1e-5)

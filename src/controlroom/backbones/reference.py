@@ -230,16 +230,21 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def joined(unet: Any, bank: Bank) -> Iterator[None]:
+def joined(unet: Any, bank: Bank, keep: Tensor | None = None) -> Iterator[None]:
     """Let the self-attentions of ``unet`` attend to a bank as well, with gradients: how writers are trained.
 
-    Equal to ``extend(tokens=...)`` of the engine at weight 1 for every row. Afterwards the processors are as before.
+    Equal to ``extend(tokens=...)`` of the engine at scale 1. Afterwards the processors are as before.
+
+    Args:
+        unet: the reader.
+        bank: from `ReferenceWriter.encode`; rows as in the batch, or 1.
+        keep: bool [rows], False where the bank is not seen; None: seen by all.
     """
     layers = [(unet.get_submodule(name), tokens) for name, tokens in bank.items()]
     before = [layer.processor for layer, _ in layers]
     try:
         for layer, tokens in layers:
-            layer.processor = _Joined(tokens)
+            layer.processor = _Joined(tokens, keep)
         yield
     finally:
         for (layer, _), processor in zip(layers, before, strict=True):
@@ -249,8 +254,8 @@ def joined(unet: Any, bank: Bank) -> Iterator[None]:
 class _Joined:
     """Self-attention over a layer's own tokens and a reference's. Explicit: on a CPU it trains faster than SDPA."""
 
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: Tensor, keep: Tensor | None) -> None:
+        self.tokens, self.keep = tokens, keep
 
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
         tokens = self.tokens.expand(hidden_states.shape[0], -1, -1).to(hidden_states.dtype)
@@ -260,5 +265,9 @@ class _Joined:
             for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         logits = q @ k.transpose(-1, -2) * attn.scale
+        if self.keep is not None:
+            hidden = torch.zeros(1, 1, 1, context.shape[1], dtype=torch.bool, device=logits.device)
+            hidden[..., hidden_states.shape[1] :] = True
+            logits = logits.masked_fill(hidden & ~self.keep[:, None, None, None], float("-inf"))
         out = logits.float().softmax(-1).to(v.dtype) @ v
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))

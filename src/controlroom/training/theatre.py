@@ -50,6 +50,32 @@ def _unet() -> Recipe[Any]:
     return TheatreUNet(RUNS / "autoencoder/weights", RUNS / "clip/weights", RUNS / "latents")
 
 
+def _appearance() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_appearance import TheatreAppearance
+
+    parts = (RUNS / name / "weights" for name in ("unet", "autoencoder", "clip"))
+    return TheatreAppearance(*parts, RUNS / "latents")
+
+
+def _pose() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
+
+    parts = (RUNS / name / "weights" for name in ("unet", "autoencoder", "clip"))
+    return TheatrePoseControlNet(*parts, RUNS / "latents")
+
+
+def _retarget() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
+
+    parts = (RUNS / name / "weights" for name in ("unet", "autoencoder", "clip"))
+    return TheatrePoseControlNet(
+        *parts,
+        RUNS / "latents",
+        controlnet_folder=RUNS / "pose/weights",
+        appearance_folder=RUNS / "appearance/weights",
+    )
+
+
 STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     "autoencoder": (
         _autoencoder,
@@ -129,6 +155,51 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
             "betas": (0.9, 0.99),
             "ema_decay": 0.999,
             "mixed_precision": "bf16",
+        },
+    ),
+    "appearance": (
+        _appearance,
+        {
+            "batch_size": 32,
+            "total_samples": 300_000,
+            "learning_rate": 3e-4,
+            "schedule": "constant",
+            "warmup_steps": 200,
+            "weight_decay": 0.01,
+            "betas": (0.9, 0.99),
+            "ema_decay": 0.999,
+            "mixed_precision": "bf16",
+            "validate_every": 500,
+        },
+    ),
+    "pose": (
+        _pose,
+        {
+            "batch_size": 32,
+            "total_samples": 200_000,
+            "learning_rate": 5e-4,
+            "schedule": "constant",
+            "warmup_steps": 200,
+            "weight_decay": 0.01,
+            "betas": (0.9, 0.99),
+            "ema_decay": 0.999,
+            "mixed_precision": "bf16",
+            "validate_every": 500,
+        },
+    ),
+    "retarget": (
+        _retarget,
+        {
+            "batch_size": 32,
+            "total_samples": 200_000,
+            "learning_rate": 2e-4,
+            "schedule": "cosine",
+            "warmup_steps": 100,
+            "weight_decay": 0.01,
+            "betas": (0.9, 0.99),
+            "ema_decay": 0.999,
+            "mixed_precision": "bf16",
+            "validate_every": 500,
         },
     ),
 }

@@ -1,0 +1,148 @@
+"""Pairs of one puppet in two poses, as what retargeting learns from: cached latents, words, skeletons, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from controlroom.core.pose import Pose
+from controlroom.data.theatre import vocabulary as v
+from controlroom.data.theatre.captions import article, full_caption, training_caption
+from controlroom.data.theatre.pairs import Pair, sample_pair
+from controlroom.data.theatre.render import render
+from controlroom.data.theatre.scene import CANVAS, Dice, Scene
+from controlroom.data.theatre.truth import keypoints
+from controlroom.signals.pose.skeleton import draw_skeleton
+from controlroom.training.latent_cache import LatentCache, cache_key
+from controlroom.training.randomness import StepRandom
+from controlroom.training.recipes.theatre_autoencoder import to_pixels
+from controlroom.training.recipes.theatre_unet import Conditioner, min_snr_weight, noise_schedule
+
+MOVED_SHARE = 0.35
+"""Pairs whose target is in another place; their words name it."""
+EMPTY_SHARE = 0.5
+"""Pairs in one place without any words."""
+HELD_OUT_PAIRS = 16
+# Timesteps at which held-out pairs are measured.
+_LEVELS = (100, 300, 500, 700)
+
+Predict = Callable[["PairBatch", Tensor, Tensor], Tensor]
+"""Batch, noisy target latents and timesteps -> predicted noise."""
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """``source`` and ``target`` [B, 4, 16, 16], scaled; ``ids`` [B, 77]; ``skeleton`` [B, 3, 128, 128] in [0, 1]."""
+
+    source: Tensor
+    target: Tensor
+    ids: Tensor
+    skeleton: Tensor
+
+
+def pair_of(index: int) -> Pair:
+    """The training pair of that number."""
+    return sample_pair(index, moved=MOVED_SHARE)
+
+
+def pair_words(pair: Pair, dice: Dice) -> str:
+    """What the main network is told: where the target is, if it is elsewhere; else nothing, or a caption of it."""
+    if pair.moved:
+        # Half of the captions leave the puppet to the reference.
+        if dice.chance(0.5):
+            return full_caption(pair.target)
+        return f"{article(pair.target.puppets[0].identity.figure)} {v.PLACE_PHRASES[pair.target.place]}"
+    return "" if dice.chance(EMPTY_SHARE) else training_caption(pair.target, dice)
+
+
+def skeleton_map(scene: Scene) -> Tensor:
+    """[3, 128, 128] in [0, 1]: the scene's first puppet as ControlNet's skeletons are drawn, hidden joints as well."""
+    found = keypoints(scene)
+    picture = draw_skeleton(Pose(found[:, :2], found[:, 2], CANVAS, CANVAS))
+    return torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1)
+
+
+class Pairs:
+    """Training pairs 0 to ``count`` - 1 and a few held-out ones, with the loss that both stages share.
+
+    Args:
+        vae_folder, clip_folder: the theatre's autoencoder and CLIP.
+        cache_folder: where latents are kept.
+        count: number of training pairs; two latents each.
+        skeletons: whether batches hold drawn skeletons (else zeros).
+    """
+
+    def __init__(self, vae_folder: Path, clip_folder: Path, cache_folder: Path, count: int, skeletons: bool) -> None:
+        self.count, self.skeletons = count, skeletons
+        self.vae: Any = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
+        self.conditioner = Conditioner(clip_folder)
+        self.alpha_bar = noise_schedule().alphas_cumprod
+        side = CANVAS // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        shape = (int(self.vae.config.latent_channels), side, side)
+        key = cache_key({"vae": self.vae}, v.WORLD_VERSION, f"pairs moved={MOVED_SHARE}")
+        self.cache = LatentCache(cache_folder, key, 2 * count, shape).build(self._encode_slots, report=_report)
+        self._held_out: PairBatch | None = None
+
+    @torch.no_grad()
+    def encode(self, scenes: Sequence[Scene]) -> Tensor:
+        """Scaled latents (posterior means) of scenes."""
+        with torch.autocast("cpu", torch.bfloat16):
+            mean = self.vae.encode(to_pixels([render(scene) for scene in scenes])).latent_dist.mean
+        return mean.float() * self.vae.config.scaling_factor
+
+    def _encode_slots(self, slots: Sequence[int]) -> Tensor:
+        """Slot 2i is the source of pair i, slot 2i + 1 its target."""
+        pairs = {index: pair_of(index) for index in {slot // 2 for slot in slots}}
+        return self.encode([pairs[s // 2].target if s % 2 else pairs[s // 2].source for s in slots])
+
+    def empty(self, rows: int) -> Tensor:
+        """Token states of the empty prompt, which the writer is told: [rows, 77, width]."""
+        return self.conditioner(self.conditioner.ids([""])).expand(rows, -1, -1)
+
+    def batch(self, indices: Sequence[int], step: int, words: Callable[[Pair, Dice], str] = pair_words) -> PairBatch:
+        """Pairs of these numbers; other words each epoch."""
+        pairs = [pair_of(index) for index in indices]
+        texts = [words(pair, Dice("pair words", index, step)) for pair, index in zip(pairs, indices, strict=True)]
+        source, target = (self.cache.read([2 * index + side for index in indices]) for side in (0, 1))
+        return PairBatch(source, target, self.conditioner.ids(texts), self._maps(pairs))
+
+    def _maps(self, pairs: Sequence[Pair]) -> Tensor:
+        if not self.skeletons:
+            return torch.zeros(len(pairs), 3, 1, 1)
+        return torch.stack([skeleton_map(pair.target) for pair in pairs])
+
+    def loss(self, batch: PairBatch, rng: StepRandom, predict: Predict) -> tuple[Tensor, Tensor]:
+        """Error of the predicted noise, weighted by min(SNR, 5) / SNR (arXiv 2303.09556); and unweighted."""
+        noise, t = rng.normal("noise", batch.target.shape[1:]), rng.integers("timestep", 0, 1000)
+        each = self._error(batch, noise, t, predict)
+        return (each * min_snr_weight(self.alpha_bar[t])).mean(), each.detach().mean()
+
+    def _error(self, batch: PairBatch, noise: Tensor, t: Tensor, predict: Predict) -> Tensor:
+        alpha_bar = self.alpha_bar[t][:, None, None, None]
+        noisy = alpha_bar.sqrt() * batch.target + (1.0 - alpha_bar).sqrt() * noise
+        return (predict(batch, noisy, t).float() - noise).square().mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def held_out(self, predict: Predict) -> float:
+        """Unweighted error on held-out pairs without words, at four noise levels; the same noise every time."""
+        if self._held_out is None:
+            pairs = [sample_pair(index, "held_out", moved=0.0) for index in range(HELD_OUT_PAIRS)]
+            source, target = self.encode([p.source for p in pairs]), self.encode([p.target for p in pairs])
+            self._held_out = PairBatch(source, target, self.conditioner.ids([""] * len(pairs)), self._maps(pairs))
+        batch, errors = self._held_out, []
+        for level in _LEVELS:
+            noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(level))
+            errors.append(self._error(batch, noise, torch.full((len(noise),), level), predict).mean())
+        return float(torch.stack(errors).mean())
+
+
+def _report(done: int, total: int) -> None:
+    if done % 6400 < 64:
+        print(f"latents of pairs: {done} of {total}", flush=True)

@@ -1,0 +1,142 @@
+"""The theatre's pose ControlNet (arXiv 2302.05543), alone or together with the appearance module.
+
+Alone: a copy of the frozen UNet's encoder learns to read skeletons, half of the time without words. Together, stage 2
+of MagicPose (arXiv 2311.12052): ControlNet and writer learn jointly, so that the pose comes from one and the looks from
+the other; a few samples are without the reference, so that the ControlNet also works alone and in unconditional rows.
+Deviations: a narrower embedding of the condition; the loss is weighted by min(SNR, 5) / SNR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+
+from controlroom.backbones.reference import ReferenceWriter, joined, load_writer, self_attention_layers
+from controlroom.data.theatre.captions import training_caption
+from controlroom.data.theatre.pairs import Pair
+from controlroom.data.theatre.scene import Dice
+from controlroom.data.theatre.vocabulary import WORLD_VERSION
+from controlroom.training.randomness import StepRandom
+from controlroom.training.recipe import Losses
+from controlroom.training.recipes.theatre_pairs import EMPTY_SHARE, MOVED_SHARE, PairBatch, Pairs, pair_words
+
+ALONE_SHARE = 0.15
+"""Samples of joint training that do not see the reference."""
+_WIDTHS = (8, 16, 32, 64, 96)
+
+
+def new_controlnet(unet: Any, halvings: int) -> ControlNetModel:
+    """A ControlNet that starts as the UNet's encoder; its condition is halved as often as the autoencoder halves."""
+    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=_WIDTHS[: halvings + 1])
+
+
+def target_words(pair: Pair, dice: Dice) -> str:
+    """A caption of the target, or nothing."""
+    return "" if dice.chance(EMPTY_SHARE) else training_caption(pair.target, dice)
+
+
+class TheatrePoseControlNet:
+    """Recipe: skeletons into the frozen UNet; with ``appearance_folder`` jointly with the writer of that folder.
+
+    Args:
+        unet_folder, vae_folder, clip_folder: the theatre's trained parts.
+        cache_folder: where latents of pairs are kept.
+        pairs: number of training pairs.
+        controlnet_folder: ControlNet to start from; None: from the UNet.
+        appearance_folder: writer to train along; None: the ControlNet alone.
+
+    Exported are a ControlNet's folder, or, trained jointly, the folders ``pose`` and ``appearance``.
+    """
+
+    name = "theatre_pose_controlnet"
+
+    def __init__(
+        self,
+        unet_folder: Path,
+        vae_folder: Path,
+        clip_folder: Path,
+        cache_folder: Path,
+        pairs: int = 30_000,
+        controlnet_folder: Path | None = None,
+        appearance_folder: Path | None = None,
+    ) -> None:
+        self.pairs = Pairs(vae_folder, clip_folder, cache_folder, pairs, skeletons=True)
+        self.dataset_size: int | None = pairs
+        self.unet: Any = UNet2DConditionModel.from_pretrained(unet_folder).eval().requires_grad_(False)
+        if controlnet_folder is None:
+            halvings = len(self.pairs.vae.config.block_out_channels) - 1
+            self.controlnet: Any = new_controlnet(self.unet, halvings)
+        else:
+            self.controlnet = ControlNetModel.from_pretrained(controlnet_folder)
+        self.controlnet.requires_grad_(True)
+        self.writer: Any = None if appearance_folder is None else load_writer(appearance_folder, self.unet)
+        for net in (self.unet, self.controlnet, self.writer):
+            if net is not None:
+                # Explicit softmax attention trains faster than SDPA on a CPU at these sizes.
+                net.set_attn_processor(AttnProcessor())
+        self.reader: ReferenceWriter | None = None
+        if self.writer is not None:
+            self.writer.requires_grad_(True)
+            self.reader = ReferenceWriter(self.writer, self_attention_layers(self.unet))
+
+    def modules(self) -> dict[str, nn.Module]:
+        together = {} if self.writer is None else {"writer": self.writer}
+        return {"controlnet": self.controlnet, **together}
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet, "text_encoder": self.pairs.conditioner.encoder, "vae": self.pairs.vae}
+
+    def fingerprint(self) -> str:
+        together = "" if self.writer is None else f" together alone={ALONE_SHARE}"
+        return f"{WORLD_VERSION} pairs={self.pairs.count} moved={MOVED_SHARE} empty={EMPTY_SHARE}{together}"
+
+    def batch(self, indices: Sequence[int], step: int) -> PairBatch:
+        return self.pairs.batch(indices, step, target_words if self.writer is None else pair_words)
+
+    def predict(self, batch: PairBatch, noisy: Tensor, t: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The noise in the target, seen with the skeleton and, where ``keep`` [B] says so, with the reference."""
+        tokens = self.pairs.conditioner(batch.ids)
+        down, mid = self.controlnet(noisy, t, tokens, controlnet_cond=batch.skeleton, return_dict=False)
+        context = nullcontext()
+        if self.reader is not None:
+            context = joined(self.unet, self.reader.encode(batch.source, self.pairs.empty(len(noisy))), keep)
+        with context:
+            return self.unet(
+                noisy, t, tokens, down_block_additional_residuals=down, mid_block_additional_residual=mid
+            ).sample
+
+    def loss(self, batch: PairBatch, step: int, rng: StepRandom) -> Losses:
+        keep = None if self.reader is None else rng.uniform("alone") >= ALONE_SHARE
+
+        def predict(batch: PairBatch, noisy: Tensor, t: Tensor) -> Tensor:
+            return self.predict(batch, noisy, t, keep)
+
+        total, error = self.pairs.loss(batch, rng, predict)
+        return Losses(total, {"mse": error})
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Error on held-out pairs with the skeleton (and the reference), and with the frozen UNet alone."""
+
+        def without(batch: PairBatch, noisy: Tensor, t: Tensor) -> Tensor:
+            return self.unet(noisy, t, self.pairs.conditioner(batch.ids)).sample
+
+        return {"held_out": self.pairs.held_out(self.predict), "unet_alone": self.pairs.held_out(without)}
+
+    def export(self, folder: Path) -> None:
+        if self.writer is None:
+            self.controlnet.save_pretrained(folder)
+        else:
+            self.controlnet.save_pretrained(folder / "pose")
+            self.writer.save_pretrained(folder / "appearance")
+
+    def load(self, folder: Path) -> None:
+        place = folder if self.writer is None else folder / "pose"
+        self.controlnet.load_state_dict(ControlNetModel.from_pretrained(place).state_dict())
+        if self.writer is not None:
+            self.writer.load_state_dict(load_writer(folder / "appearance", self.unet).state_dict())
