@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from controlroom.catalog import control_class as control_class
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt as PromptToPrompt
+    from controlroom.controls.guidance.attend_and_excite import AttendAndExcite as AttendAndExcite
     from controlroom.controls.personal.ip_adapter import IPAdapter as IPAdapter
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
     from controlroom.controls.style.reference_only import ReferenceOnly as ReferenceOnly
@@ -50,6 +51,7 @@ _EXPORTS: dict[str, str] = {
     "replay": "controlroom.sampling.pipeline",
     # controls
     "AppearanceControl": "controlroom.controls.pose.appearance",
+    "AttendAndExcite": "controlroom.controls.guidance.attend_and_excite",
     "ControlNet": "controlroom.controls.spatial.controlnet",
     "IPAdapter": "controlroom.controls.personal.ip_adapter",
     "PromptToPrompt": "controlroom.controls.editing.prompt_to_prompt",

@@ -475,6 +475,7 @@ SYSTEMS: tuple[System, ...] = (
         does="No subject of the prompt is neglected.",
         code=("controlroom.controls.guidance.attend_and_excite:AttendAndExcite",),
         backbones=SD,
+        status="working",
         neutral="step_size=0",
         proof="parity with diffusers' StableDiffusionAttendAndExcitePipeline",
     ),

@@ -409,8 +409,8 @@ def test_alignment_of_tokens() -> None:
     assert align([1, 2, 3], [1, 2, 3]) == [0, 1, 2]
     assert align([1, 2, 3], [8, 1, 2, 9, 3]) == [None, 0, 1, None, 2]
     assert align([1, 2, 3, 4], [1, 4]) == [0, 3]
-    # Of two that are crossed only one can correspond; the published preference keeps the source's first.
-    assert align([1, 2], [2, 1]) == [None, 0]
+    # Of two that are crossed only one can correspond; the published preference is the target's first.
+    assert align([1, 2], [2, 1]) == [1, None]
     assert align([], [1, 2]) == [None, None]
 
 
