@@ -14,10 +14,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from controlroom.catalog import control_class as control_class
-    from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt as PromptToPrompt
     from controlroom.controls.guidance.attend_and_excite import AttendAndExcite as AttendAndExcite
     from controlroom.controls.personal.ip_adapter import IPAdapter as IPAdapter
+    from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
     from controlroom.controls.style.reference_only import ReferenceOnly as ReferenceOnly
     from controlroom.core.control import Control as Control
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from controlroom.sampling.pipeline import execute as execute
     from controlroom.sampling.pipeline import explain as explain
     from controlroom.sampling.pipeline import replay as replay
+    from controlroom.tasks.retarget import RetargetOptions as RetargetOptions
+    from controlroom.tasks.retarget import retarget as retarget
 
 # Public name -> the module that defines it. One line for each, in the order of the alphabet within a room.
 _EXPORTS: dict[str, str] = {
@@ -56,6 +58,9 @@ _EXPORTS: dict[str, str] = {
     "IPAdapter": "controlroom.controls.personal.ip_adapter",
     "PromptToPrompt": "controlroom.controls.editing.prompt_to_prompt",
     "ReferenceOnly": "controlroom.controls.style.reference_only",
+    # tasks
+    "RetargetOptions": "controlroom.tasks.retarget",
+    "retarget": "controlroom.tasks.retarget",
     # catalogue
     "control_class": "controlroom.catalog",
 }

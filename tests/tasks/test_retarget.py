@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from controlroom.app.cli import main
 from controlroom.backbones import loading
@@ -22,7 +23,9 @@ from controlroom.data.theatre.truth import keypoints
 from controlroom.sampling.pipeline import Pipeline, replay
 from controlroom.signals.pose.openpose_json import openpose_json, read_openpose, write_openpose
 from controlroom.signals.pose.skeleton import draw_skeleton
-from controlroom.tasks.retarget import RetargetOptions, default_reader, plan_retarget, pose_beside, retarget
+from controlroom.tasks.pose_reader import default_reader
+from controlroom.tasks.retarget import RetargetOptions, plan_retarget, pose_beside, retarget
+from tests.controls.nets import tiny_image_encoder, tiny_ip_adapter
 
 FEW = RetargetOptions(num_inference_steps=2)
 PAIR = sample_pair(3, "held_out")
@@ -63,6 +66,25 @@ def test_scales_of_zero_are_a_run_of_words_alone(theatre: Path, pipeline: Pipeli
     plain = pipeline("a cat", seed=1, num_inference_steps=2, guidance_scale=options.guidance_scale)
     assert same(drawn.image, plain.images[0])
     assert drawn.manifest["cost"]["side_passes"] == 0
+
+
+def test_baselines_take_the_place_of_the_appearance_module(theatre: Path, pipeline: Pipeline) -> None:
+    from controlroom.tasks.retarget import baseline
+
+    adapter = tiny_ip_adapter(pipeline.unet)
+    save_file(adapter, "adapter.safetensors")
+    tiny_image_encoder().save_pretrained("image_encoder")
+    options = FEW.model_copy(update={"appearance_model": "adapter.safetensors"})
+    adapted = baseline(source(), true_pose(), seed=1, options=options, pipeline=pipeline)
+    referred = retarget(
+        source(), true_pose(), seed=1, options=FEW.model_copy(update={"identity": "reference_only"}), pipeline=pipeline
+    )
+    types = [[c["type"] for c in result.manifest["spec"]["controls"]] for result in (adapted, referred)]
+    assert types == [["ip_adapter", "controlnet"], ["reference_only", "controlnet"]]
+    kept = retarget(source(), true_pose(), seed=1, options=FEW, pipeline=pipeline)
+    assert not same(adapted.image, referred.image) and not same(adapted.image, kept.image)
+    with pytest.raises(ModelError, match="ip_adapter"):
+        baseline(source(), true_pose(), options=FEW, pipeline=pipeline)
 
 
 def test_every_kind_of_pose_is_read(theatre: Path, pipeline: Pipeline) -> None:

@@ -6,23 +6,12 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import ControlNetModel
 
 from controlroom.signals.readers import KeypointReader
+from tests.controls.nets import tiny_controlnet
 from tests.tiny import tiny_sd1, tiny_unet
 
 READER_SIZE = 64
-
-
-def random_controlnet(seed: int = 0) -> ControlNetModel:
-    """A ControlNet for the miniature whose zero convolutions are not zero."""
-    torch.manual_seed(seed)
-    net = ControlNetModel.from_unet(tiny_unet(), conditioning_embedding_out_channels=(4, 8)).eval()
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if "controlnet_down_blocks" in name or "controlnet_mid_block" in name or "cond_embedding.conv_out" in name:
-                parameter.normal_(0, 0.2)
-    return net
 
 
 def sure_reader(seed: int = 0) -> KeypointReader:
@@ -39,7 +28,7 @@ def sure_reader(seed: int = 0) -> KeypointReader:
 def write_theatre(folder: Path) -> Path:
     """Save it: the checkpoint, ``pose/``, ``appearance/``, ``readers/keypoints/``."""
     tiny_sd1().save_pretrained(str(folder))
-    random_controlnet().save_pretrained(str(folder / "pose"))
+    tiny_controlnet(tiny_unet(), conditioning_embedding_out_channels=(4, 8)).save_pretrained(str(folder / "pose"))
     tiny_unet(seed=5).save_pretrained(str(folder / "appearance"))
     sure_reader().save(folder / "readers" / "keypoints")
     assert json.loads((folder / "readers" / "keypoints" / "config.json").read_text())["size"] == READER_SIZE

@@ -11,32 +11,39 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from controlroom.backbones.loading import THEATRE, find_model
-from controlroom.catalog import control_class
-from controlroom.core.control import describe
+from controlroom.controls.personal.ip_adapter import IPAdapter
+from controlroom.controls.pose.appearance import SHARED, AppearanceControl
+from controlroom.controls.spatial.controlnet import ControlNet
+from controlroom.controls.style.reference_only import ReferenceOnly
+from controlroom.core.control import Control, describe
 from controlroom.core.errors import InputError, ModelError
 from controlroom.core.files import atomic_path, write_atomically
 from controlroom.core.images import ImageSource, load_image
 from controlroom.core.png import png_bytes
 from controlroom.core.pose import L_HIP, NECK, R_HIP, Pose
 from controlroom.core.spec import RunSpec
-from controlroom.signals.pose.doodle import DoodleReader
 from controlroom.signals.pose.openpose_document import Person
 from controlroom.signals.pose.openpose_json import openpose_json, read_openpose
-from controlroom.signals.pose.paper import classify
 from controlroom.signals.pose.skeleton import draw_skeleton
 from controlroom.signals.pose.source import PoseReader, PoseReading, PoseSource, read_pose
+from controlroom.tasks.pose_reader import default_reader
 
 if TYPE_CHECKING:
     from controlroom.core.result import RunResult
     from controlroom.sampling.pipeline import Pipeline
 
-READER = f"{THEATRE}/readers/keypoints"
+Identity = Literal["appearance_control", "ip_adapter", "reference_only"]
+_IDENTITY_MODELS: dict[Identity, str | None] = {
+    "appearance_control": f"{THEATRE}/appearance",
+    "ip_adapter": f"{THEATRE}/ip_adapter",
+    "reference_only": None,
+}
 
 
 class RetargetOptions(BaseModel):
@@ -50,8 +57,10 @@ class RetargetOptions(BaseModel):
 
     model: str = THEATRE
     """``theatre``, a folder, a hub id, or a ``.safetensors`` file."""
-    appearance_model: Any = f"{THEATRE}/appearance"
-    """Weights of `AppearanceControl` for that model: a name, a path, or a loaded module."""
+    identity: Identity = "appearance_control"
+    """What keeps the person: the trained module, or one of the baselines that it is measured against."""
+    appearance_model: Any = None
+    """Weights of that control, made for that model: a name, a path, or a loaded module. None: the theatre's."""
     pose_model: Any = f"{THEATRE}/pose"
     """A ControlNet for OpenPose skeletons."""
     appearance_scale: float = Field(default=1.0, ge=0.0)
@@ -74,6 +83,11 @@ class RetargetOptions(BaseModel):
             super().__init__(**options)
         except ValidationError as error:
             raise InputError(describe("The retargeting", error)) from error
+
+    @property
+    def identity_model(self) -> Any:
+        """`appearance_model`, or the theatre's; None for a control without weights."""
+        return self.appearance_model if self.appearance_model is not None else _IDENTITY_MODELS[self.identity]
 
 
 @dataclass(frozen=True)
@@ -205,12 +219,8 @@ def plan_retarget(
         negative_prompt=options.negative_prompt,
         controls=[
             # A file is named, so that the PNG carries its name and hash; a picture in memory travels in the PNG.
-            control_class("appearance_control")(
-                image=os.fspath(source) if isinstance(source, str | os.PathLike) else picture,
-                model=options.appearance_model,
-                scale=options.appearance_scale,
-            ),
-            control_class("controlnet")(model=options.pose_model, image=placed, scale=options.pose_scale),
+            _keeper(os.fspath(source) if isinstance(source, str | os.PathLike) else picture, options),
+            ControlNet(model=options.pose_model, image=placed, scale=options.pose_scale),
         ],
         width=width,
         height=height,
@@ -235,6 +245,30 @@ def retarget(
     """The person of ``source`` in another pose; arguments and errors as in `plan_retarget`."""
     plan = plan_retarget(source, pose, prompt, seed=seed, options=options, reader=reader, pipeline=pipeline)
     return plan.finished(plan.pipeline.run(plan.spec))
+
+
+def baseline(
+    source: ImageSource,
+    pose: PoseSource,
+    prompt: str = "",
+    *,
+    seed: int | None = None,
+    options: RetargetOptions | None = None,
+    reader: PoseReader | None = None,
+    pipeline: Pipeline | None = None,
+) -> RetargetResult:
+    """The same with IP-Adapter (arXiv 2308.06721) in the place of AppearanceControl: the usual way without training."""
+    chosen = (options or RetargetOptions()).model_copy(update={"identity": "ip_adapter"})
+    return retarget(source, pose, prompt, seed=seed, options=chosen, reader=reader, pipeline=pipeline)
+
+
+def _keeper(image: Any, options: RetargetOptions) -> Control:
+    """The control that keeps the person."""
+    if options.identity == "reference_only":
+        return ReferenceOnly(image=image, scale=options.appearance_scale)
+    if options.identity == "ip_adapter":
+        return IPAdapter(model=options.identity_model, image=image, scale=options.appearance_scale)
+    return AppearanceControl(image=image, model=options.identity_model, scale=options.appearance_scale)
 
 
 def place(reading: PoseReading, width: int, height: int, options: RetargetOptions) -> tuple[Pose, tuple[str, ...]]:
@@ -281,33 +315,8 @@ def require_models(options: RetargetOptions) -> None:
             raise ModelError(
                 f"The theatre's checkpoint is not in this installation ({theatre_folder()}). Reinstall the package."
             )
-    if isinstance(options.appearance_model, str | os.PathLike) and options.appearance_scale:
-        find_model(options.appearance_model, "appearance module")
+    if isinstance(options.identity_model, str | os.PathLike) and options.appearance_scale:
+        if not (options.identity == "appearance_control" and options.identity_model == SHARED):
+            find_model(options.identity_model, "appearance module")
     if isinstance(options.pose_model, str | os.PathLike) and options.pose_scale:
         find_model(options.pose_model, "pose ControlNet")
-
-
-def default_reader() -> PoseReader:
-    """The theatre's keypoint network, which reads pictures and doodles; without it, doodles are read by their lines."""
-    try:
-        folder = find_model(READER, "keypoint reader")
-    except ModelError as error:
-        return _OnlyDoodles(error)
-    from controlroom.signals.pose.network_reader import NetworkReader
-
-    return NetworkReader.load(folder)
-
-
-class _OnlyDoodles:
-    """Stands in for the theatre's network where it is not installed."""
-
-    def __init__(self, missing: ModelError) -> None:
-        self.missing = missing
-
-    def read(self, image: Image.Image) -> Pose:
-        if classify(image) == "doodle":
-            return DoodleReader().read(image)
-        raise ModelError(
-            f"The pose is a photograph, and what finds the person in it is missing. {self.missing} Give the pose as "
-            "OpenPose JSON, a drawn skeleton or a doodle."
-        )

@@ -36,7 +36,12 @@ def retarget(
     appearance_scale: Annotated[float, typer.Option(help="How strongly the source counts; 0: not at all.")] = 1.0,
     pose_scale: Annotated[float, typer.Option(help="How strongly the pose counts; 0: not at all.")] = 1.0,
     model: Annotated[str, typer.Option(help="theatre, a folder, a hub id, or a .safetensors file.")] = "theatre",
-    appearance_model: Annotated[str, typer.Option(help="Weights that read the source.")] = "theatre/appearance",
+    identity: Annotated[
+        str, typer.Option(help="What keeps the person: appearance_control, ip_adapter or reference_only.")
+    ] = "appearance_control",
+    appearance_model: Annotated[
+        str | None, typer.Option(help="Weights of what keeps the person. Default: the theatre's.")
+    ] = None,
     pose_model: Annotated[str, typer.Option(help="ControlNet for skeletons.")] = "theatre/pose",
     json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
@@ -53,6 +58,7 @@ def retarget(
         "guidance_scale": guidance_scale,
         "size": None if size is None else parse_size(size),
         "person": person,
+        "identity": identity,
     }
     options = RetargetOptions(
         model=model,
