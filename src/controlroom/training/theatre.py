@@ -50,26 +50,28 @@ def _unet() -> Recipe[Any]:
     return TheatreUNet(RUNS / "autoencoder/weights", RUNS / "clip/weights", RUNS / "latents")
 
 
+def _trained_parts() -> tuple[Path, Path, Path]:
+    """Folders of UNet, autoencoder and CLIP."""
+    return RUNS / "unet/weights", RUNS / "autoencoder/weights", RUNS / "clip/weights"
+
+
 def _appearance() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_appearance import TheatreAppearance
 
-    parts = (RUNS / name / "weights" for name in ("unet", "autoencoder", "clip"))
-    return TheatreAppearance(*parts, RUNS / "latents")
+    return TheatreAppearance(*_trained_parts(), RUNS / "latents")
 
 
 def _pose() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
 
-    parts = (RUNS / name / "weights" for name in ("unet", "autoencoder", "clip"))
-    return TheatrePoseControlNet(*parts, RUNS / "latents")
+    return TheatrePoseControlNet(*_trained_parts(), RUNS / "latents")
 
 
 def _retarget() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
 
-    parts = (RUNS / name / "weights" for name in ("unet", "autoencoder", "clip"))
     return TheatrePoseControlNet(
-        *parts,
+        *_trained_parts(),
         RUNS / "latents",
         controlnet_folder=RUNS / "pose/weights",
         appearance_folder=RUNS / "appearance/weights",
