@@ -104,8 +104,8 @@ SYSTEMS: tuple[System, ...] = (
         backbones=SD,
         status="working",
         no_neutral=_TASK,
-        proof="the run it builds, its poses of every kind and its files on tiny random weights; scales of 0 are a run of "
-        "words alone",
+        proof="the run it builds, its poses of every kind and its files, on tiny random weights; scales of 0 are a run "
+        "of words alone",
     ),
     System(
         number=2,

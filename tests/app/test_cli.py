@@ -304,3 +304,15 @@ def test_an_interrupt_is_130_and_leaves_nothing(
     assert draw(model, "-o", "cat.png") == 130
     assert list(here.iterdir()) == []
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_run_file_of_the_docs_is_one(here: Path) -> None:
+    import re
+
+    from controlroom.core.spec import RunSpec
+
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        assert RunSpec.from_yaml(block).controls
