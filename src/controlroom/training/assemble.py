@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from controlroom.core.errors import ModelError
 from controlroom.core.files import atomic_path, write_text_atomically
 
-#: Weights of a stage -> folder of the checkpoint.
+#: Weights of a stage -> folder of the checkpoint; later stages write over earlier ones.
 PARTS = {
     "autoencoder": "vae",
     "unet": "unet",
@@ -23,6 +23,7 @@ PARTS = {
     "keypoint_reader": "readers/keypoints",
     "pose": "pose",
     "appearance": "appearance",
+    "retarget": ".",  # the joint stage, which writes both over
 }
 
 
