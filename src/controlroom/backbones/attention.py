@@ -209,8 +209,8 @@ class _Attend:
             out = self.sdpa(self.q, self.k, self.v, self.mask)
         for reader in operations.readers:
             reader.sink(self.probabilities(reader.branch, reader.edited))
-        for name, streams in operations.streams.items():
-            out = self.replace_rows(out, name, self.with_streams(name, out[self.layout.rows(name)], streams))
+        if operations.streams:
+            out = self.with_streams(out)
         for name in operations.identities:
             out = self.replace_rows(out, name, self.values_of(name))
         return out.transpose(1, 2).flatten(2).to(self.dtype)
@@ -392,28 +392,55 @@ class _Attend:
 
     # stream and identity
 
-    def with_streams(self, name: str, out: torch.Tensor, streams: list[Stream]) -> torch.Tensor:
+    def with_streams(self, out: torch.Tensor) -> torch.Tensor:
+        """Join every branch's streams; branches whose streams have as many keys share a call."""
+        parts: dict[tuple[str, int], torch.Tensor] = {}
+        groups: dict[tuple[int, int], list[str]] = {}
+        for name, streams in self.operations.streams.items():
+            for number, stream in enumerate(streams):
+                if stream.bias is None:
+                    groups.setdefault((number, stream.k.shape[1]), []).append(name)
+                else:
+                    q, k, v = self.stream_qkv(name, stream)
+                    parts[name, number] = self.sdpa(q, k, v, stream.bias.to(q))
+        for (number, _), names in groups.items():
+            each = [self.stream_qkv(name, self.operations.streams[name][number]) for name in names]
+            q, k, v = (torch.cat([part[i] for part in each]) if len(each) > 1 else each[0][i] for i in range(3))
+            joined = self.sdpa(q, k, v, None).split([part[0].shape[0] for part in each])
+            parts.update({(name, number): part for name, part in zip(names, joined, strict=True)})
+        pieces = []
+        for name in self.layout.names:
+            piece = out[self.layout.rows(name)]
+            streams = self.operations.streams.get(name, [])
+            pieces.append(_joined(piece, streams, [parts[name, i] for i in range(len(streams))]) if streams else piece)
+        return torch.cat(pieces)
+
+    def stream_qkv(self, name: str, stream: Stream) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q = self.branch_qkv[name][0] if self.branch_qkv else self.q[self.layout.rows(name)]
-        replaced: torch.Tensor | float = 0.0
-        added: torch.Tensor | float = 0.0
-        for stream in streams:
-            k, v = (self.match(self.split(part.to(self.dtype)), name) for part in (stream.k, stream.v))
-            part = self.sdpa(q, k, v, None if stream.bias is None else stream.bias.to(q))
-            factor: torch.Tensor | float = stream.scale
-            if isinstance(factor, torch.Tensor):
-                factor = _per_query(factor.to(part))
-            if stream.query_mask is not None:
-                factor = _per_query(stream.query_mask.to(part)) * factor
-            added = added + factor * part
-            if stream.mode == "replace":
-                replaced = replaced + factor
-        if isinstance(replaced, torch.Tensor) or replaced != 0.0:
-            out = out * (1 - replaced)
-        return out + added
+        k, v = (self.match(self.split(part.to(self.dtype)), name) for part in (stream.k, stream.v))
+        return q, k, v
 
     def values_of(self, name: str) -> torch.Tensor:
         rows = self.operations.routes.get(name, {}).get("v", name)
         return self.match(self.v[self.layout.rows(rows)], name)
+
+
+def _joined(out: torch.Tensor, streams: list[Stream], parts: list[torch.Tensor]) -> torch.Tensor:
+    """A branch's attention with its streams added or put in its place."""
+    replaced: torch.Tensor | float = 0.0
+    added: torch.Tensor | float = 0.0
+    for stream, part in zip(streams, parts, strict=True):
+        factor: torch.Tensor | float = stream.scale
+        if isinstance(factor, torch.Tensor):
+            factor = _per_query(factor.to(part))
+        if stream.query_mask is not None:
+            factor = _per_query(stream.query_mask.to(part)) * factor
+        added = added + factor * part
+        if stream.mode == "replace":
+            replaced = replaced + factor
+    if isinstance(replaced, torch.Tensor) or replaced != 0.0:
+        out = out * (1 - replaced)
+    return out + added
 
 
 def _per_query(x: torch.Tensor) -> torch.Tensor:
