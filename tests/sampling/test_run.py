@@ -19,6 +19,7 @@ from controlroom.core.step import Step
 from controlroom.sampling.pipeline import Pipeline, replay
 from controlroom.sampling.solver import SCHEDULERS
 from tests.tiny import BACKBONES, tiny_sd1
+from tests.traces import traces
 
 DRAW: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "seed": 5}
 
@@ -258,20 +259,6 @@ def test_residuals_reach_only_their_rows(pipe: Pipeline) -> None:
     # Two controls add up.
     twice = pipe("cat", controls=[Residual(scale=0.2), Residual(scale=0.3)], **DRAW).images
     torch.testing.assert_close(twice, both, atol=1e-4, rtol=1e-4)
-
-
-def traces(pipe: Pipeline) -> list[Any]:
-    found: list[Any] = []
-    for module in pipe._modules():
-        for name, part in module.named_modules():
-            found.append((name, part.training, len(part._forward_hooks), len(part._forward_pre_hooks), id(part)))
-            found.append(id(getattr(part, "processor", None)))
-            found.append(sorted(part.__dict__))
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            found.append((name, id(tensor), tensor.requires_grad, tensor.grad is None, tensor._version))
-            found.append(tensor.detach().double().sum().item())
-    found.append(sorted((k, str(v)) for k, v in vars(pipe.scheduler).items()))
-    return found
 
 
 @pytest.mark.parametrize("fail", ["", "prepare", "attention", "feature", "energy", "callback"])
