@@ -78,15 +78,21 @@ def _retarget() -> Recipe[Any]:
     )
 
 
+def _ip_adapter() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_ip_adapter import TheatreIPAdapter
+
+    return TheatreIPAdapter(*_trained_parts(), RUNS / "latents")
+
+
 STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     "autoencoder": (
         _autoencoder,
         {
             "batch_size": 8,
             "optimizer": "muon",
-            "matrix_learning_rate": 0.02,
-            "total_steps": 4400,
-            "learning_rate": 1e-3,
+            "matrix_learning_rate": 0.012,
+            "total_steps": 2700,
+            "learning_rate": 6e-4,
             "schedule": "cosine",
             "final_fraction": 0.02,
             "warmup_steps": 100,
@@ -103,7 +109,7 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
             "batch_size": 128,
             "optimizer": "muon",
             "matrix_learning_rate": 0.01,
-            "total_steps": 700,
+            "total_steps": 270,
             "learning_rate": 1e-3,
             "schedule": "cosine",
             "final_fraction": 0.02,
@@ -197,6 +203,21 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
             "learning_rate": 2e-4,
             "schedule": "cosine",
             "warmup_steps": 100,
+            "weight_decay": 0.01,
+            "betas": (0.9, 0.99),
+            "ema_decay": 0.999,
+            "mixed_precision": "bf16",
+            "validate_every": 500,
+        },
+    ),
+    "ip_adapter": (
+        _ip_adapter,
+        {
+            "batch_size": 32,
+            "total_samples": 200_000,
+            "learning_rate": 5e-4,
+            "schedule": "constant",
+            "warmup_steps": 200,
             "weight_decay": 0.01,
             "betas": (0.9, 0.99),
             "ema_decay": 0.999,
