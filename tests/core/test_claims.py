@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
+from pydantic import Field
 
 from controlroom.core.claims import Claim, Claimant, check_claims
 from controlroom.core.control import Control, Outline, window_steps
@@ -13,7 +14,7 @@ from controlroom.core.sites import Site
 
 
 class Anything(Control):
-    type: Literal["anything"] = "anything"
+    type: Literal["anything"] = Field(default="anything", kw_only=True)
     scale: float | list[float] | dict[str, float] = 1.0
     start: float = 0.0
     end: float = 1.0

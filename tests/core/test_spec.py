@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import Field
 
 from controlroom import catalog
 from controlroom.core.control import Control
@@ -21,7 +22,7 @@ from controlroom.core.spec import RunSpec
 
 
 class Picky(Control):
-    type: Literal["picky"] = "picky"
+    type: Literal["picky"] = Field(default="picky", kw_only=True)
     model: Any
     image: Any = None
     scale: float = 1.0

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import Field
 
 from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt
 from controlroom.controls.guidance.attend_and_excite import AttendAndExcite
@@ -25,7 +26,7 @@ DRAW: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "seed
 class Companion(Control):
     """A second picture on the same noise, whose features the first one reads."""
 
-    type: Literal["companion"] = "companion"
+    type: Literal["companion"] = Field(default="companion", kw_only=True)
     hw: tuple[int, int] | None = None
 
     def declare(self, outline: Outline) -> Declaration:
@@ -47,7 +48,7 @@ class Companion(Control):
 class Start(Control):
     """Starts from given latents, as image to image does."""
 
-    type: Literal["start"] = "start"
+    type: Literal["start"] = Field(default="start", kw_only=True)
 
     def declare(self, outline: Outline) -> Declaration:
         return Declaration(strength=0.5)

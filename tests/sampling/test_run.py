@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import Field
 from torch import nn
 
 from controlroom.core.attention import AttentionCall, FeatureCall
@@ -27,7 +28,7 @@ DRAW: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "seed
 class Perturbed(Control):
     """Adds a branch, an identity and an addition."""
 
-    type: Literal["perturbed"] = "perturbed"
+    type: Literal["perturbed"] = Field(default="perturbed", kw_only=True)
     scale: float = 2.0
     start: float = 0.0
     end: float = 1.0
@@ -51,7 +52,7 @@ class Perturbed(Control):
 class Everything(Control):
     """Reads attention, hooks features, adds residuals, descends on an energy; may fail at a step."""
 
-    type: Literal["everything"] = "everything"
+    type: Literal["everything"] = Field(default="everything", kw_only=True)
     scale: float = 1.0
     fail: str = ""
     step_size: float = 0.05
@@ -93,7 +94,7 @@ class Everything(Control):
 class SourceBranch(Control):
     """A second solved state that shares the picture's noise and is routed into it."""
 
-    type: Literal["source_branch"] = "source_branch"
+    type: Literal["source_branch"] = Field(default="source_branch", kw_only=True)
     source: str = "a dog"
     route: bool = True
 
@@ -125,7 +126,7 @@ class SourceBranch(Control):
 class Residual(Control):
     """What a ControlNet does, with constants."""
 
-    type: Literal["residual"] = "residual"
+    type: Literal["residual"] = Field(default="residual", kw_only=True)
     scale: float = 0.5
     only: str = ""
 
@@ -382,7 +383,7 @@ def test_attach_is_undone() -> None:
     from contextlib import contextmanager
 
     class Patched(Control):
-        type: Literal["patched"] = "patched"
+        type: Literal["patched"] = Field(default="patched", kw_only=True)
 
         def attach(self, backbone: Any) -> Any:
             @contextmanager

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, dataclass_transform
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 from pydantic import SerializerFunctionWrapHandler as Handler
 
 from controlroom.core import inputs
@@ -23,11 +23,19 @@ from controlroom.core.sites import Site
 
 if TYPE_CHECKING:
     import torch
+    from pydantic._internal._model_construction import ModelMetaclass
 
     from controlroom.core.attention import AttentionCall, FeatureCall
     from controlroom.core.backbone import Backbone
     from controlroom.core.run import Run
     from controlroom.core.step import Step
+
+    # pydantic declares the fields of every model as keyword-only; type checkers read here that a control's are not.
+    @dataclass_transform(kw_only_default=False, frozen_default=True, field_specifiers=(Field,))
+    class Positional(ModelMetaclass):
+        """What type checkers take the metaclass of controls for."""
+else:
+    Positional = type(BaseModel)
 
 Phase = Literal["main", "energy", "probe"]
 
@@ -190,7 +198,7 @@ class Declaration:
     notes: tuple[str, ...] = ()
 
 
-class Control(BaseModel):
+class Control(BaseModel, metaclass=Positional):
     """Base of every control: override the hooks you need, leave the others.
 
     Fields ``scale``, ``start``, ``end`` and ``mask`` have their common meaning wherever a control declares them.
@@ -204,8 +212,8 @@ class Control(BaseModel):
         frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False
     )
 
-    type: str
-    """Name in the catalogue; each control narrows it to a literal with a default."""
+    type: str = Field(kw_only=True)
+    """Name in the catalogue; each control narrows it: ``type: Literal["x"] = Field(default="x", kw_only=True)``."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         names = [name for name in type(self).model_fields if name != "type"]

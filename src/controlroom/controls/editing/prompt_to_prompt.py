@@ -70,7 +70,7 @@ class PromptToPrompt(Control):
             are not in a prompt, each named.
     """
 
-    type: Literal["prompt_to_prompt"] = "prompt_to_prompt"
+    type: Literal["prompt_to_prompt"] = Field(default="prompt_to_prompt", kw_only=True)
     source: str | list[str]
     cross_replace: Bounds | dict[str, Bounds] = 0.4
     self_replace: Bounds = 0.4

@@ -58,7 +58,7 @@ class AttendAndExcite(Control):
             start, positions outside the prompt and words that are not in it, each named.
     """
 
-    type: Literal["attend_and_excite"] = "attend_and_excite"
+    type: Literal["attend_and_excite"] = Field(default="attend_and_excite", kw_only=True)
     indices: list[int] | list[list[int]] | None = None
     words: list[str] | list[list[str]] | None = None
     iterations: int = Field(default=25, ge=0)

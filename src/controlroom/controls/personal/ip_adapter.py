@@ -93,7 +93,7 @@ class IPAdapter(Control):
         ModelError: at the start of a run: no such model, or one for another base model.
     """
 
-    type: Literal["ip_adapter"] = "ip_adapter"
+    type: Literal["ip_adapter"] = Field(default="ip_adapter", kw_only=True)
     model: Any
     image: Any = None
     embeds: Any = None

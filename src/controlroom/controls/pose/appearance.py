@@ -87,7 +87,7 @@ class AppearanceControl(Control):
         ModelError: at the start of a run: no such writer, or one for another base model.
     """
 
-    type: Literal["appearance_control"] = "appearance_control"
+    type: Literal["appearance_control"] = Field(default="appearance_control", kw_only=True)
     image: Any
     model: Any = "theatre/appearance"
     scale: float = Field(default=1.0, ge=0.0)

@@ -68,7 +68,7 @@ class ControlNet(Control):
         ModelError: at the start of a run: no such model, or one for another base model.
     """
 
-    type: Literal["controlnet"] = "controlnet"
+    type: Literal["controlnet"] = Field(default="controlnet", kw_only=True)
     model: Any
     image: Any
     scale: float = 1.0

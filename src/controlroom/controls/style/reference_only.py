@@ -61,7 +61,7 @@ class ReferenceOnly(Control):
         ConflictError: when the run is planned: with a control that sees the canvas through views.
     """
 
-    type: Literal["reference_only"] = "reference_only"
+    type: Literal["reference_only"] = Field(default="reference_only", kw_only=True)
     image: Any
     style_fidelity: float = Field(default=0.5, ge=0.0, le=1.0)
     scale: float = Field(default=1.0, ge=0.0)
