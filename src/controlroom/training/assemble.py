@@ -24,6 +24,7 @@ PARTS = {
     "pose": "pose",
     "appearance": "appearance",
     "retarget": ".",  # the joint stage, which writes both over
+    "ip_adapter": "ip_adapter",
 }
 
 
