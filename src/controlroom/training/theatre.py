@@ -84,12 +84,6 @@ def _ip_adapter() -> Recipe[Any]:
     return TheatreIPAdapter(*_trained_parts(), RUNS / "latents")
 
 
-def _ip_adapter() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_ip_adapter import TheatreIPAdapter
-
-    return TheatreIPAdapter(*_trained_parts(), RUNS / "latents")
-
-
 STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     "autoencoder": (
         _autoencoder,
@@ -209,21 +203,6 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
             "learning_rate": 2e-4,
             "schedule": "cosine",
             "warmup_steps": 100,
-            "weight_decay": 0.01,
-            "betas": (0.9, 0.99),
-            "ema_decay": 0.999,
-            "mixed_precision": "bf16",
-            "validate_every": 500,
-        },
-    ),
-    "ip_adapter": (
-        _ip_adapter,
-        {
-            "batch_size": 32,
-            "total_samples": 200_000,
-            "learning_rate": 5e-4,
-            "schedule": "constant",
-            "warmup_steps": 200,
             "weight_decay": 0.01,
             "betas": (0.9, 0.99),
             "ema_decay": 0.999,
