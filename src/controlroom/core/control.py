@@ -49,6 +49,8 @@ class Outline:
         images: number of pictures.
         steps: number of steps n.
         latent: channels, height and width of the latents.
+        view: latent height and width of one view, where a control shows the network a large canvas through windows;
+            sites have the sizes of a view then. None: the network sees the latents whole.
         guided: whether there is an ``uncond`` branch.
         attention: attention sites in the order of execution.
         features: feature sites in the order of execution.
@@ -63,6 +65,12 @@ class Outline:
     attention: tuple[Site, ...]
     features: tuple[Site, ...]
     prompts: tuple[str, ...]
+    view: tuple[int, int] | None = None
+
+    @property
+    def hw(self) -> tuple[int, int]:
+        """Latent height and width that the network sees of the picture."""
+        return self.view or self.latent[1:]
 
     @property
     def text_branches(self) -> tuple[str, ...]:
@@ -180,7 +188,7 @@ class Declaration:
         views: how the picture's canvas is seen through windows. One control of a run at most.
         strength: share of the schedule that is run, as in image to image; None: all. One control of a run at most.
         channels: number of input channels it supplies beside the latents (``run.set_channels``).
-        repeats: its ``finish`` may ask for the step to be run again.
+        repeats: its ``finish`` may ask for the step to be run again, from the latents it leaves.
         notes: what it chose by itself, in sentences for the user; `explain` and the manifest show them.
     """
 

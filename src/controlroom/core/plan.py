@@ -83,6 +83,15 @@ class Plan:
             return self.views.hw
         return state.hw or self.outline.latent[1:]
 
+    def network_of(self, branch: str) -> tuple[int | None, str]:
+        """The weights a branch runs with: a tag means what the control that declared the branch says."""
+        weights = self.branches[branch].weights
+        return (None if weights == "base" else self.owners[branch]), weights
+
+    def label_of(self, branch: str) -> str | None:
+        """Label of the control that declared a branch; None for those of every run."""
+        return self.controls[self.owners[branch]].label if branch in self.owners else None
+
     def running(self, i: int) -> tuple[str, ...]:
         """Branches that run at step i, in the order of their rows."""
         return tuple(name for name in self.branches if self._runs(name, i))
@@ -110,10 +119,10 @@ class Plan:
         """Passes for these branches: one for each pair of weights and latent size, rows as static slices."""
         key = frozenset(names)
         if key not in self._layouts:
-            groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
+            groups: dict[tuple[tuple[int | None, str], tuple[int, int]], list[str]] = {}
             for name in self.branches:
                 if name in key:
-                    groups.setdefault((self.branches[name].weights, self.hw_of(name)), []).append(name)
+                    groups.setdefault((self.network_of(name), self.hw_of(name)), []).append(name)
             packs = (Layout((name, self.rows_of(name)) for name in group) for group in groups.values())
             self._layouts[key] = tuple(packs)
         return self._layouts[key]

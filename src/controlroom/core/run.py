@@ -154,7 +154,10 @@ class Run:
         self.sources[state] = source
 
     def set_channels(self, branch: str, channels: torch.Tensor) -> None:
-        """[rows or 1, c, h, w] joined to a branch's latents as further input channels (after scaling)."""
+        """[images or 1, c, h, w] joined to a branch's latents as further input channels (after scaling).
+
+        Every branch needs them, those of other controls too: go through ``run.plan.branches``.
+        """
         self.channels[branch] = channels
 
     # What controls need.

@@ -23,6 +23,7 @@ from controlroom.core.plan import Plan
 from controlroom.core.random import Streams
 from controlroom.core.result import RunResult
 from controlroom.core.run import Guidance, Run
+from controlroom.core.sites import Site
 from controlroom.core.spec import RunSpec
 from controlroom.core.step import Step
 from controlroom.sampling.loop import OnStep, denoise, picture
@@ -70,7 +71,11 @@ def plan_run(backbone: Backbone, spec: RunSpec) -> Prepared:
         features=backbone.feature_sites(hw),
         prompts=prompts,
     )
-    plan = make_plan(outline, spec.controls, int(backbone.unet.config.in_channels), steps_for)
+
+    def sites_for(hw: tuple[int, int]) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+        return backbone.attention_sites(hw), backbone.feature_sites(hw)
+
+    plan = make_plan(outline, spec.controls, int(backbone.unet.config.in_channels), steps_for, sites_for)
     if plan.strength is not None and spec.latents is not None:
         raise InputError("latents and a control that starts from a picture cannot both set where a run starts.")
     timesteps = timesteps_for(scheduler, spec.num_inference_steps, backbone.device, plan.strength)

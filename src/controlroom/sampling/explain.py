@@ -14,7 +14,7 @@ class Explanation:
 
     Attributes:
         rows: rows of the UNet's main passes at each step; passes: their number at each step.
-        energy_passes: passes with a gradient at each step, at least (controls may ask for more).
+        energy_passes: passes with a gradient at each step, at least (controls may ask for more); energy_rows: theirs.
         branches: name, state, rows, steps.
         reach: control -> branches that it acts on.
         claims: control -> what it writes.
@@ -32,11 +32,12 @@ class Explanation:
     dropped: dict[str, str]
     warnings: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    energy_rows: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.rows)} steps, {sum(self.rows)} UNet rows in {sum(self.passes)} passes"]
         if any(self.energy_passes):
-            lines[0] += f", at least {sum(self.energy_passes)} passes with a gradient"
+            lines[0] += f", and at least {sum(self.energy_rows)} in {sum(self.energy_passes)} passes with a gradient"
         lines.append("branches:")
         lines += [f"  {name}: {rows} rows of {state}, steps {steps}" for name, state, rows, steps in self.branches]
         if self.reach:
@@ -53,14 +54,18 @@ class Explanation:
 
 def explain_plan(plan: Plan) -> Explanation:
     """Read a plan."""
-    rows, passes, energies = [], [], []
+    rows, passes, energies, energy_rows = [], [], [], []
     for i in range(plan.n):
         layouts = plan.layouts(plan.running(i))
         rows.append(sum(layout.total for layout in layouts))
         passes.append(len(layouts))
         needs = [e.declaration.energy for e in plan.active(i) if e.declaration.energy is not None]
         due = [need for need in needs if need.steps is None or i in need.steps]
-        energies.append(len(plan.layouts(plan.closure(due[0].branches))) if due else 0)
+        # One pass serves all controls that need a gradient.
+        names = dict.fromkeys(name for need in due for name in need.branches)
+        carried = plan.layouts(plan.closure(tuple(names))) if due else ()
+        energies.append(len(carried))
+        energy_rows.append(sum(layout.total for layout in carried))
     branches = tuple(
         (name, branch.state, plan.rows_of(name), _range([i for i in range(plan.n) if name in plan.running(i)]))
         for name, branch in plan.branches.items()
@@ -94,6 +99,7 @@ def explain_plan(plan: Plan) -> Explanation:
         dropped=dict(plan.dropped),
         warnings=plan.warnings,
         notes=plan.notes,
+        energy_rows=tuple(energy_rows),
     )
 
 

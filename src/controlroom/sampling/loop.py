@@ -23,7 +23,7 @@ from controlroom.sampling.predict import predict
 from controlroom.sampling.solver import advance, alpha_bars
 
 MAX_ROUNDS = 256
-"""Energy passes of one step; a control that asks for more has lost count."""
+"""Energy passes, or repetitions, of one step; a control that asks for more has lost count."""
 
 OnStep = Callable[[int, torch.Tensor, Step], None]
 
@@ -59,7 +59,7 @@ def denoise(
             progress.cancelled = True
             break
         following = run.timesteps[i + 1] if i + 1 < len(run.timesteps) else None
-        while True:
+        for _ in range(MAX_ROUNDS):
             kept = copy.deepcopy(run.schedulers) if repeats else None
             step = Step(run, i, t, progress.latents, levels[i], levels[i + 1], following)
             again = take_step(step)
@@ -67,6 +67,8 @@ def denoise(
             if not again or kept is None:
                 break
             run.schedulers.update(kept)
+        else:
+            raise RuntimeError(f"a control asked to run step {i} more than {MAX_ROUNDS} times")
         progress.steps = i + 1
         if on_step is not None:
             on_step(i, t, step)
@@ -90,7 +92,10 @@ def take_step(step: Step) -> bool:
     again = False
     for entry in active:
         if implements(entry.control, "finish"):
-            again = bool(entry.control.finish(step)) or again
+            asked = bool(entry.control.finish(step))
+            if asked and not entry.declaration.repeats:
+                raise RuntimeError(f"{entry.label} asks to repeat a step without having declared repeats")
+            again = asked or again
     return again
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from controlroom.core.branch import IMAGE, Branch, State
 from controlroom.core.claims import Claim, Claimant, check_claims
 from controlroom.core.control import Control, Declaration, Outline, implements
 from controlroom.core.errors import ConflictError, InputError, ModelError
 from controlroom.core.plan import Plan, PlannedControl
+from controlroom.core.sites import Site
 
 
 def make_plan(
@@ -21,6 +23,7 @@ def make_plan(
     controls: Sequence[Control],
     in_channels: int,
     steps_for: Callable[[float], int] | None = None,
+    sites_for: Callable[[tuple[int, int]], tuple[tuple[Site, ...], tuple[Site, ...]]] | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -29,6 +32,7 @@ def make_plan(
         controls: in the caller's order.
         in_channels: input channels of the UNet.
         steps_for: strength -> number of steps, for controls that run a share of the schedule.
+        sites_for: latent size -> attention and feature sites, for controls that show the network a part of the canvas.
 
     Raises:
         ConflictError: two controls that cannot run together.
@@ -37,12 +41,12 @@ def make_plan(
     """
     labels = _labels(controls)
     kept = [(control, label) for control, label in zip(controls, labels, strict=True)]
-    strength, declarations = None, _declare(kept, outline)
-    for (_, label), declaration in zip(kept, declarations, strict=True):
-        if declaration.strength is not None:
-            if strength is not None:
-                raise ConflictError(f"{label} and another control both choose a share of the schedule. Keep one.")
-            strength = declaration.strength
+    declarations = _declare(kept, outline)
+    views = _only(kept, declarations, "views", "choose how the canvas is seen")
+    if views is not None and sites_for is not None:
+        attention, features = sites_for(views.hw)
+        outline = replace(outline, view=views.hw, attention=attention, features=features)
+    strength = _only(kept, declarations, "strength", "choose a share of the schedule")
     if strength is not None:
         if steps_for is None:
             raise InputError("This run has a fixed schedule; a control with a strength cannot change it.")
@@ -56,13 +60,29 @@ def make_plan(
         PlannedControl(control, label, declaration, control.window(outline.steps))
         for (control, label), declaration in zip(acting, _declare(acting, outline), strict=True)
     )
-    if strength is not None and not any(entry.declaration.strength is not None for entry in planned):
-        strength = None
+    for what, chosen in (("strength", strength), ("views", views)):
+        if chosen is not None and not any(getattr(entry.declaration, what) is not None for entry in planned):
+            raise InputError(
+                f"With {outline.steps} steps to run no step lies in the window of the control that chose the {what}. "
+                "Widen its window, or remove it."
+            )
     return _assemble(outline, planned, dropped, in_channels, strength)
 
 
 def _declare(entries: Sequence[tuple[Control, str]], outline: Outline) -> list[Declaration]:
     return [Declaration() if control.neutral(outline.steps) else control.declare(outline) for control, _ in entries]
+
+
+def _only(entries: Sequence[tuple[Control, str]], declarations: Sequence[Declaration], what: str, verb: str) -> Any:
+    """What at most one control may declare; None where none does."""
+    found = [
+        (label, value)
+        for (_, label), declaration in zip(entries, declarations, strict=True)
+        if (value := getattr(declaration, what)) is not None
+    ]
+    if len(found) > 1:
+        raise ConflictError(f"{' and '.join(label for label, _ in found)} cannot run together: they {verb}. Keep one.")
+    return found[0][1] if found else None
 
 
 def _labels(controls: Sequence[Control]) -> list[str]:
@@ -93,14 +113,15 @@ def _assemble(
     states = {IMAGE: State(IMAGE)}
     branches: dict[str, Branch] = {}
     owners: dict[str, int] = {}
+    holders: dict[tuple[str, str], str] = {}
     if outline.guided:
         branches["uncond"] = Branch("uncond", role="uncond", purpose="picture")
     branches["cond"] = Branch("cond", role="cond", purpose="picture")
     for index, entry in enumerate(planned):
         for state in entry.declaration.states:
-            _add(states, state.name, state, entry.label, "state")
+            _add(states, state.name, state, entry.label, "state", holders)
         for branch in entry.declaration.branches:
-            _add(branches, branch.name, branch, entry.label, "branch")
+            _add(branches, branch.name, branch, entry.label, "branch", holders)
             owners[branch.name] = index
     views = next((entry.declaration.views for entry in planned if entry.declaration.views is not None), None)
     plan = Plan(
@@ -120,12 +141,17 @@ def _assemble(
     return plan
 
 
-def _add(table: dict, name: str, value: State | Branch, label: str, what: str) -> None:
+def _add(table: dict, name: str, value: Any, label: str, what: str, holders: dict[tuple[str, str], str]) -> None:
+    """Enter a state or branch under its name; ``holders`` says which control a name is taken by."""
     if name in table:
+        holder = holders.get((what, name))
+        if holder is None:
+            raise ConflictError(f"{label} declares the {what} {name!r}, which every run has. Remove the control.")
         raise ConflictError(
-            f"{label} declares the {what} {name!r}, which exists already. Remove one of the two controls."
+            f"{holder} and {label} cannot run together: both declare the {what} {name!r}. Remove one of them."
         )
     table[name] = value
+    holders[what, name] = label
 
 
 def _claimant(entry: PlannedControl) -> Claimant:
@@ -155,11 +181,13 @@ def _check_branches(plan: Plan) -> None:
         pairs = [(name, need) for need in branch.needs]
         pairs += [(reader, name) for reader in branch.read_by if reader in plan.branches]
         for reader, read in pairs:
-            weights = plan.branches[reader].weights, plan.branches[read].weights
-            if plan.hw_of(reader) != plan.hw_of(read) or weights[0] != weights[1]:
+            if plan.hw_of(reader) != plan.hw_of(read) or plan.network_of(reader) != plan.network_of(read):
+                labels = {plan.label_of(reader), plan.label_of(read)} - {None}
+                labels |= {e.label for e in plan.controls if e.declaration.views is not None}
                 raise ConflictError(
                     f"Branch {reader!r} reads features of {read!r}, but they are of different sizes or weights and "
-                    "cannot share a pass. Use pictures of one size, and no views of the canvas beside them."
+                    f"cannot share a pass ({', '.join(sorted(map(str, labels)))}). Use pictures of one size, and no "
+                    "views of the canvas beside them."
                 )
     for entry in plan.controls:
         energy = entry.declaration.energy

@@ -8,7 +8,7 @@ the list, rescaling, merge of the views.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 
 import torch
 
@@ -57,10 +57,8 @@ class Forward:
         run = self.run
         net = step.inputs(layout.names)
         sample = net.sample
-        if run.channels:
-            more = [run.channels[name].to(sample) for name in layout.names]
-            more = [x.expand(layout.size(n), -1, -1, -1) for n, x in zip(layout.names, more, strict=True)]
-            sample = torch.cat([sample, torch.cat(more)], dim=1)
+        if run.plan.channels:
+            sample = torch.cat([sample, torch.cat([self._channels(name).to(sample) for name in layout.names])], dim=1)
         attention, features = self._controls(step, phase)
         binding = Binding(step, layout, phase, attention, features)
         with ExitStack() as stack:
@@ -74,13 +72,23 @@ class Forward:
         run.cost.energy_passes += phase == "energy"
         return prediction
 
+    def _channels(self, branch: str) -> torch.Tensor:
+        """Further input channels of a branch, seen through the views as its latents are: [rows, c, h, w]."""
+        plan, channels = self.run.plan, self.run.channels.get(branch)
+        if channels is None:
+            raise RuntimeError(f"no control gave branch {branch!r} its input channels (run.set_channels in prepare)")
+        if plan.views is not None and plan.branches[branch].state == IMAGE:
+            channels = plan.views.split(channels.expand(self.run.images, -1, -1, -1))
+        return channels.expand(plan.rows_of(branch), -1, -1, -1)
+
     def _enter_weights(self, stack: ExitStack, layout: Layout) -> None:
         plan = self.run.plan
-        first = layout.names[0]
-        tag = plan.branches[first].weights
-        if tag != "base":
-            context = plan.controls[plan.owners[first]].control.weights(tag, self.run.backbone)
-            stack.enter_context(context if context is not None else nullcontext())
+        owner, tag = plan.network_of(layout.names[0])
+        if owner is not None:
+            context = plan.controls[owner].control.weights(tag, self.run.backbone)
+            if context is None:
+                raise RuntimeError(f"{plan.controls[owner].label} has a branch with the weights {tag!r} but gives none")
+            stack.enter_context(context)
 
     def _residuals(self, step: Step, phase: str) -> list[Residuals]:
         found = []
@@ -168,7 +176,10 @@ def predict(step: Step) -> dict[str, torch.Tensor]:
                 if delta is not None:
                     step.combined[state] = step.combined[state] + delta
         if state in step.additions:
-            step.combined[state] = step.combined[state] + step.additions[state]
+            added = step.additions[state]
+            if run.plan.views is not None and state == IMAGE:
+                added = run.plan.views.split(added)
+            step.combined[state] = step.combined[state] + added
         text = step.role(state, "cond")
         if run.guidance.rescale > 0 and step.role(state, "uncond") is not None and text is not None:
             step.combined[state] = rescaled(step.combined[state], step.eps[text], run.guidance.rescale)

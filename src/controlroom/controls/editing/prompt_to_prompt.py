@@ -132,7 +132,7 @@ class PromptToPrompt(Control):
         if cross:
             claims.append(Claim("v", "mix", frozenset(s.name for s in cross), edited, cross_steps))
         if self_steps:
-            quarter = -(-outline.latent[1] // 4) * -(-outline.latent[2] // 4)
+            quarter = -(-outline.hw[0] // 4) * -(-outline.hw[1] // 4)
             routed = outline.sites("self", max_tokens=self.self_tokens or max(16 * 16, quarter))
             names = frozenset(s.name for s in routed)
             claims += [Claim("q", "route", names, edited, self_steps, SOURCE_COND)]
@@ -156,7 +156,7 @@ class PromptToPrompt(Control):
         if not self.local_blend:
             return ()
         sites = outline.sites("cross")
-        hw = nearest_size(sites, outline.latent[1:], self.blend_resolution)
+        hw = nearest_size(sites, outline.hw, self.blend_resolution)
         return tuple(site for site in sites if site.hw == hw)
 
     def _sources(self, prompts: Sequence[str]) -> list[str]:

@@ -102,7 +102,7 @@ class AttendAndExcite(Control):
         """Energy passes over ``cond`` before the steps of the window; the layers of one resolution are read."""
         self._listed(outline.images)
         sites = outline.sites("cross")
-        hw = nearest_size(sites, outline.latent[1:], self.resolution)
+        hw = nearest_size(sites, outline.hw, self.resolution)
         return Declaration(
             attention=tuple(site for site in sites if site.hw == hw),
             energy=EnergyNeed(("cond",)),

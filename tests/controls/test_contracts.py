@@ -1,0 +1,239 @@
+"""What every control of the catalogue promises, alone and with every other one.
+
+A control that lands adds its line to `SETTINGS`, `NEUTRAL` and `ARGUMENTS`; everything here then holds for it too.
+Weights lie in files and pictures are small, so that each setting can be written down and read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+from controlroom.catalog import CONTROL_TYPES, SYSTEMS, control_class, load
+from controlroom.core.control import Control
+from controlroom.core.errors import ConflictError, InputError
+from controlroom.core.spec import RunSpec
+from controlroom.sampling.pipeline import Pipeline
+from tests.controls.nets import tiny_controlnet, tiny_image_encoder, tiny_ip_adapter
+from tests.tiny import BACKBONES
+from tests.traces import traces
+
+DRAW: dict[str, Any] = {
+    "prompt": "a red cat",
+    "num_inference_steps": 2,
+    "output_type": "latent",
+    "seed": 5,
+    "height": 16,
+    "width": 16,
+}
+
+
+def picture(seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((16, 16), Image.Resampling.BICUBIC)
+
+
+SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "appearance_control": lambda folder: {"image": picture(0), "model": str(folder / "writer")},
+    "attend_and_excite": lambda folder: {"words": ["cat"], "iterations": 1, "thresholds": {}, "step_size": 5.0},
+    "controlnet": lambda folder: {"model": str(folder / "controlnet"), "image": picture(1)},
+    "ip_adapter": lambda folder: {
+        "model": str(folder / "ip_adapter.safetensors"),
+        "image": picture(2),
+        "image_encoder": str(folder / "image_encoder"),
+    },
+    "prompt_to_prompt": lambda folder: {"source": "a green dog", "cross_replace": 0.5, "self_replace": 0.5},
+    "reference_only": lambda folder: {"image": picture(3), "reference_adain": True},
+}
+"""Type of a control -> settings with which it acts, of what lies in a folder made by `files`."""
+
+NEUTRAL: dict[str, dict[str, Any]] = {
+    "appearance_control": {"scale": 0.0},
+    "attend_and_excite": {"step_size": 0.0},
+    "controlnet": {"scale": 0.0},
+    "ip_adapter": {"scale": 0.0},
+    "prompt_to_prompt": {"cross_replace": 0.0, "self_replace": 0.0},
+    "reference_only": {"scale": 0.0},
+}
+
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "appearance_control": ("image", "model", "scale"),
+    "attend_and_excite": ("indices", "words", "iterations", "thresholds", "step_size"),
+    "controlnet": ("model", "image", "scale", "start", "end", "mask", "guess_mode"),
+    "ip_adapter": ("model", "image", "embeds", "scale", "mask"),
+    "prompt_to_prompt": ("source", "cross_replace", "self_replace", "reweight", "local_blend"),
+    "reference_only": ("image", "style_fidelity"),
+}
+"""Positional arguments that checks from outside rely on (DESIGN.md, section 9)."""
+
+TYPES = sorted(SETTINGS)
+
+
+class Stage:
+    """A miniature and the folder with its files."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        plain = BACKBONES[kind]()
+        self.pipe, self.folder = Pipeline.from_diffusers(plain), folder
+        tiny_controlnet(plain.unet).save_pretrained(folder / "controlnet")
+        BACKBONES[kind](seed=9).unet.save_pretrained(folder / "writer")
+        tiny_image_encoder().save_pretrained(folder / "image_encoder")
+        save_file(tiny_ip_adapter(plain.unet), str(folder / "ip_adapter.safetensors"))
+
+    def control(self, name: str, **settings: Any) -> Control:
+        found = control_class(name)(**{**SETTINGS[name](self.folder), **settings})
+        assert isinstance(found, Control)
+        return found
+
+    def draw(self, *controls: Control, **settings: Any) -> Any:
+        return self.pipe(controls=list(controls), **{**DRAW, **settings})
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
+    return {kind: Stage(kind, tmp_path_factory.mktemp(kind)) for kind in BACKBONES}
+
+
+@pytest.fixture(scope="module")
+def stage(stages: dict[str, Stage]) -> Stage:
+    return stages["sd1"]
+
+
+@pytest.fixture(scope="module")
+def plain(stage: Stage) -> Any:
+    return stage.draw()
+
+
+def test_every_working_control_is_held_to_this() -> None:
+    working = {path for entry in SYSTEMS if entry.status == "working" for path in entry.code}
+    classes = {value for path in working if isinstance(value := load(path), type) and issubclass(value, Control)}
+    assert classes == {control_class(name) for name in SETTINGS}
+    assert set(CONTROL_TYPES) >= set(SETTINGS)
+    assert set(SETTINGS) == set(NEUTRAL) == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", TYPES)
+class TestSettings:
+    def test_names_and_order_of_arguments(self, name: str) -> None:
+        fields = [field for field in control_class(name).model_fields if field != "type"]
+        assert tuple(fields[: len(ARGUMENTS[name])]) == ARGUMENTS[name]
+
+    def test_written_and_read_again_it_draws_the_same(self, name: str, stage: Stage) -> None:
+        control = stage.control(name)
+        spec = RunSpec(controls=[control], **DRAW)
+        expected = stage.pipe.run(spec).images
+        for read in (RunSpec.from_json(spec.to_json()), RunSpec.from_yaml(spec.to_yaml())):
+            assert type(read.controls[0]) is type(control)
+            assert read.to_data() == spec.to_data()
+            assert torch.equal(stage.pipe.run(read).images, expected)
+
+    def test_unknown_setting_is_refused_by_name(self, name: str, stage: Stage) -> None:
+        settings = SETTINGS[name](stage.folder)
+        with pytest.raises(InputError, match="strenght"):
+            control_class(name)(**settings, strenght=1.0)
+        with pytest.raises(InputError, match="strenght"):
+            RunSpec.from_data({"controls": [{"type": name, **settings, "strenght": 1.0}]})
+        with pytest.raises(InputError, match="at most"):
+            control_class(name)(*range(100))
+
+    def test_values_that_make_no_sense_are_refused_by_name(self, name: str, stage: Stage) -> None:
+        fields = control_class(name).model_fields
+        bad: dict[str, list[Any]] = {"start": [-0.1, 1.1, "soon"], "end": [-0.1, 1.1], "scale": [float("nan"), "x"]}
+        for field in bad.keys() & fields.keys():
+            for value in bad[field]:
+                with pytest.raises(InputError, match=field):
+                    stage.control(name, **{field: value})
+        with pytest.raises(InputError, match="type"):
+            stage.control(name, type="another")
+
+    def test_common_settings_have_their_common_meaning(self, name: str) -> None:
+        fields = control_class(name).model_fields
+        assert ("start" in fields) == ("end" in fields)
+        defaults = {"start": 0.0, "end": 1.0, "mask": None}
+        for field in defaults.keys() & fields.keys():
+            assert fields[field].default == defaults[field]
+
+    def test_settings_are_frozen(self, name: str, stage: Stage) -> None:
+        control = stage.control(name)
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(control, ARGUMENTS[name][0], 1)
+
+
+def check_absent(result: Any, plain: Any, control: Control) -> None:
+    assert torch.equal(result.images, plain.images)
+    assert result.manifest["cost"] == plain.manifest["cost"]
+    assert list(result.manifest["dropped"]) == [type(control).__name__]
+
+
+@pytest.mark.parametrize("name", TYPES)
+class TestRun:
+    @pytest.mark.parametrize("kind", BACKBONES)
+    def test_acts_on_every_backbone_at_the_planned_cost(self, name: str, kind: str, stages: dict[str, Stage]) -> None:
+        spec = RunSpec(controls=[stages[kind].control(name)], **DRAW)
+        result, planned = stages[kind].pipe.run(spec), stages[kind].pipe.explain(spec)
+        assert torch.isfinite(result.images).all()
+        assert (result.images - stages[kind].draw().images).abs().max() > 1e-3
+        cost = result.manifest["cost"]
+        assert sum(planned.rows) + sum(planned.energy_rows) == cost["unet_rows"]
+        assert sum(planned.passes) + sum(planned.energy_passes) == cost["unet_passes"]
+        assert sum(planned.energy_passes) == cost["energy_passes"]
+
+    def test_neutral_is_absence_bit_for_bit_and_free(self, name: str, stage: Stage, plain: Any) -> None:
+        control = stage.control(name, **NEUTRAL[name])
+        check_absent(stage.draw(control), plain, control)
+
+    def test_no_trace(self, name: str, stage: Stage) -> None:
+        def broken(*args: Any) -> Any:
+            raise RuntimeError("broken")
+
+        stage.draw()
+        stage.pipe.unet.requires_grad_(True)
+        stage.pipe.unet.mid_block.requires_grad_(False)
+        before = traces(stage.pipe)
+        stage.draw(stage.control(name))
+        assert traces(stage.pipe) == before
+        with pytest.raises(RuntimeError, match="broken"):
+            stage.draw(stage.control(name), callback_on_step_end=broken)
+        assert traces(stage.pipe) == before
+
+    def test_runs_without_guidance(self, name: str, stage: Stage) -> None:
+        alone = stage.draw(guidance_scale=1.0)
+        result = stage.draw(stage.control(name), guidance_scale=1.0)
+        assert torch.isfinite(result.images).all()
+        assert not torch.equal(result.images, alone.images)
+
+
+@pytest.mark.parametrize("window", [(0.0, 0.0), (1.0, 1.0), (0.3, 0.7), (0.8, 0.2)])
+@pytest.mark.parametrize("name", [name for name in TYPES if "start" in control_class(name).model_fields])
+def test_empty_window_is_absence_bit_for_bit_and_free(
+    name: str, window: tuple[float, float], stage: Stage, plain: Any
+) -> None:
+    control = stage.control(name, start=window[0], end=window[1])
+    check_absent(stage.draw(control), plain, control)
+
+
+@pytest.mark.parametrize(("first", "second"), list(combinations_with_replacement(TYPES, 2)))
+def test_every_pair_runs_or_names_both(first: str, second: str, stage: Stage) -> None:
+    controls = [stage.control(first), stage.control(second)]
+    labels = [type(control).__name__ for control in controls]
+    if first == second:
+        labels = [f"{labels[0]} 1", f"{labels[0]} 2"]
+    for pair in (controls, controls[::-1]):
+        try:
+            result = stage.draw(*pair)
+        except ConflictError as error:
+            assert all(label in str(error) for label in labels), str(error)
+            continue
+        assert torch.isfinite(result.images).all()
+        singles = [stage.draw(control).images for control in pair]
+        # Both act: together they are neither of them alone.
+        assert all(not torch.equal(result.images, single) for single in singles)
