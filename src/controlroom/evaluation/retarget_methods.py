@@ -2,7 +2,7 @@
 
 All of them draw a pair from the same noise, with the same words, steps, guidance and pose ControlNet; what differs is
 what keeps the person. Two references need no denoising: the true picture itself, whose numbers are the readers' own
-error, and its reconstruction by the autoencoder, which nothing that is decoded by it can surpass.
+error, and its reconstruction by the autoencoder, which shows what decoding alone loses.
 """
 
 from __future__ import annotations
