@@ -116,9 +116,17 @@ class Pipeline:
         return [m for m in (b.text_encoder, b.text_encoder_2, b.unet, b.vae) if m is not None]
 
     def to(self, *args: torch.device | str | torch.dtype, **kwargs: Any) -> Self:
-        """Move to a device, a precision, or both, as `torch.nn.Module.to`."""
+        """Move to a device, a precision, or both, as `torch.nn.Module.to`.
+
+        Raises:
+            InputError: torch knows no such device or precision, or the model is offloaded.
+            ModelError: the device is not in this machine.
+        """
         if self._offload_hooks:
             raise InputError("The model is offloaded to the CPU between uses; load it again to move it as a whole.")
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, str | torch.device):
+                _device(given)
         for module in self._modules():
             module.to(*args, **kwargs)
         return self
@@ -127,13 +135,12 @@ class Pipeline:
         """Keep components on the CPU and bring each to ``device`` only while it computes.
 
         Raises:
-            ModelError: there is no such device.
+            InputError: torch knows no such device.
+            ModelError: the device is not in this machine.
         """
         from accelerate import cpu_offload_with_hook
 
-        target = torch.device(device)
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ModelError("Offloading needs a GPU, and none was found. Run on the CPU without it.")
+        target = _device(device)
         if self._offload_hooks:
             return self
         hook = None
@@ -298,6 +305,21 @@ def _apply(run: Run, step: Step, returned: dict[str, Any] | None, given: dict[st
             from dataclasses import replace
 
             run.set_condition(branch, replace(step.condition(branch), tokens=tokens))
+
+
+def _device(name: torch.device | str) -> torch.device:
+    """A device that is there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"{name!r} is no device. Give cpu, cuda, cuda:1, mps or another that torch knows.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"There is no GPU for {str(device)!r} in this machine. Run on the CPU.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"{str(device)!r} is not in this machine: {' '.join(str(error).split())[:200]}") from error
+    return device
 
 
 def _controls(controls: Any) -> list[Control]:
