@@ -125,7 +125,7 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         _attribute_reader,
         {
             "batch_size": 32,
-            "total_steps": 2400,
+            "total_steps": 1500,
             "learning_rate": 2e-3,
             "schedule": "cosine",
             "final_fraction": 0.02,
@@ -156,13 +156,16 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         {
             "batch_size": 32,
             "total_samples": 1_000_000,
+            "optimizer": "muon",
+            "matrix_learning_rate": 0.01,
             "learning_rate": 8e-4,
             "schedule": "constant",
-            "warmup_steps": 300,
+            "warmup_steps": 100,
             "weight_decay": 0.01,
             "betas": (0.9, 0.99),
-            "ema_decay": 0.999,
+            "ema_decay": 0.998,
             "mixed_precision": "bf16",
+            "export_with_checkpoint": True,
         },
     ),
     "appearance": (
