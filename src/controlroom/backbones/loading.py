@@ -6,7 +6,6 @@ nothing. Here every component, every key and every vocabulary is checked, and no
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,95 +14,18 @@ from typing import Any
 import torch
 
 from controlroom.backbones.base import Backbone, execution_device
+from controlroom.backbones.model_files import PICKLES, THEATRE, explained, read_json, theatre_folder
+from controlroom.backbones.model_files import find_model as find_model
+from controlroom.backbones.model_files import read_safetensors as read_safetensors
 from controlroom.backbones.sd1 import StableDiffusion1
 from controlroom.backbones.sd2 import StableDiffusion2
 from controlroom.backbones.sdxl import StableDiffusionXL
+from controlroom.backbones.single_file import load_single_file
 from controlroom.core.backbone import Backbone as CoreBackbone
 from controlroom.core.errors import ModelError
 
-THEATRE = "theatre"
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 # Buffers that some versions of transformers store and others compute.
 _COMPUTED = ("position_ids",)
-
-
-def theatre_folder() -> Path:
-    """Folder of the embedded checkpoint."""
-    return Path(__file__).resolve().parent.parent / "assets" / "theatre"
-
-
-def find_model(model: str | os.PathLike[str], what: str = "model") -> Path:
-    """Where something that a control names lies on this machine: a folder, or a ``.safetensors`` file.
-
-    Nothing is downloaded: a run may have been written by somebody else, and drawing a picture again must not fetch
-    what it names.
-
-    Args:
-        model: a path; a name of the theatre such as ``theatre/pose``; a hub id that has been downloaded, with or
-            without a path inside (``h94/IP-Adapter/models/ip-adapter_sd15.safetensors``).
-        what: what is looked for, for the message.
-
-    Raises:
-        ModelError: nothing there, or a pickle.
-    """
-    name = os.fspath(model)
-    if not isinstance(name, str) or not name or "\0" in name or len(name) > 4096:
-        raise ModelError(f"{str(name)[:80]!r} does not name a {what}. Give a path, a hub id or a name of the theatre.")
-    if name.lower().endswith(_PICKLES):
-        raise ModelError(
-            f"{name!r} is a pickle, which can run code when it is opened. Use the .safetensors file of that {what}, or "
-            "convert it where you trust it."
-        )
-    parts = name.split("/")
-    if parts[0] == THEATRE and len(parts) > 1 and not Path(name).exists():
-        place = theatre_folder().joinpath(*parts[1:])
-        if ".." in parts or not place.exists():
-            known = sorted(
-                p.name for p in theatre_folder().glob("*") if p.is_dir() and not p.name.startswith((".", "_"))
-            )
-            raise ModelError(
-                f"The theatre of this installation has no {name!r}. It has: {', '.join(known) or 'nothing'}."
-            )
-        return place
-    path = Path(name).expanduser()
-    try:
-        if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
-            return path
-        if path.is_file():
-            raise ModelError(f"{name!r} is not a .safetensors file. Give one, or a folder in diffusers' layout.")
-    except OSError as error:
-        raise ModelError(f"{name!r} cannot be read: {error.strerror}.") from error
-    if len(parts) < 2 or "" in parts or parts[0] in (".", "..", "~") or "\\" in name:
-        raise ModelError(f"There is no {what} at {name!r}. Check the path.")
-    return _find_downloaded(parts, name, what)
-
-
-def _find_downloaded(parts: list[str], name: str, what: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    repository = "/".join(parts[:2])
-    try:
-        folder = Path(snapshot_download(repository, local_files_only=True))
-    except Exception as error:
-        raise ModelError(
-            f"There is no {what} at {name!r}, and {repository!r} has not been downloaded. Check the path, or download "
-            f"it with: hf download {repository}"
-        ) from error
-    place = folder.joinpath(*parts[2:])
-    if ".." in parts or not place.exists():
-        raise ModelError(f"{repository!r} was downloaded, but has no {'/'.join(parts[2:])!r}. Check the name.")
-    return place
-
-
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a file, on the CPU.
-
-    Raises:
-        ModelError: the file is broken.
-    """
-    from safetensors.torch import load_file
-
-    return explained(str(path), lambda: load_file(str(path)))
 
 
 def keep(backbone: CoreBackbone, key: tuple[Any, ...], path: Path, load: Callable[[], Any]) -> Any:
@@ -207,6 +129,7 @@ def load_backbone(
     dtype: torch.dtype | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    config: str | os.PathLike[str] | None = None,
 ) -> tuple[Backbone, Any]:
     """Load a checkpoint: the backbone and the diffusers pipeline that holds its components.
 
@@ -215,13 +138,15 @@ def load_backbone(
         dtype: precision; None: float32.
         variant: files of a variant, e.g. ``fp16``.
         revision: branch, tag or commit on the hub.
+        config: for a single file, the folder in diffusers' layout with its configurations and tokenizers; None: those
+            of the hub repository that diffusers takes it for.
 
     Raises:
         ModelError: nothing there, a part or key is missing, or only pickles are.
     """
     name = os.fspath(model)
     path = theatre_folder() if name == THEATRE else Path(name)
-    if name.lower().endswith(_PICKLES):
+    if name.lower().endswith(PICKLES):
         raise ModelError(
             f"{name!r} is a pickle, which can run code when it is opened. Use the .safetensors file of that model, or "
             "convert it where you trust it."
@@ -232,7 +157,7 @@ def load_backbone(
         check_folder(path, variant)
         pipeline = _load_folder(path, dtype, variant)
     elif path.is_file():
-        pipeline = _load_file(path, dtype)
+        pipeline = load_single_file(path, dtype, None if config is None else Path(config))
     elif name.endswith(".safetensors") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"There is no model at {name!r}. Check the path.")
     else:
@@ -279,29 +204,12 @@ def _check_weights(place: Path, variant: str | None) -> None:
     if variant is not None:
         weights = [file for file in weights if f".{variant}." in file.name or f".{variant}-" in file.name] or weights
     if not weights:
-        pickles = [file.name for file in place.iterdir() if file.suffix in _PICKLES]
+        pickles = [file.name for file in place.iterdir() if file.suffix in PICKLES]
         what = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
         raise ModelError(f"{place} has {what}. Put its .safetensors file there.")
     for file in weights:
         if file.stat().st_size < 8:
             raise ModelError(f"{file} is empty or cut off. Copy it again.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ModelError: missing, broken, or not an object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} is missing. Restore it.") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}). Copy it again.") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} is not a JSON object. Copy it again.")
-    return data
 
 
 def _load_folder(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
@@ -375,24 +283,6 @@ def _stored_shape(stored: dict[str, tuple[int, ...]], key: str) -> tuple[int, ..
     return next((stored[name] for name in names if name in stored), None)
 
 
-def _load_file(path: Path, dtype: torch.dtype | None) -> Any:
-    import diffusers
-    from safetensors import safe_open
-
-    if path.suffix != ".safetensors":
-        raise ModelError(f"{path} is not a .safetensors file. Give one, or a folder in diffusers' layout.")
-
-    def keys() -> set[str]:
-        with safe_open(str(path), framework="pt") as content:
-            return set(content.keys())
-
-    names = explained(str(path), keys)
-    xl = any(name.startswith("conditioner.embedders.1.") for name in names)
-    base = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
-    more: dict[str, Any] = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
-    return explained(str(path), lambda: base.from_single_file(str(path), torch_dtype=dtype or torch.float32, **more))
-
-
 def _load_hub(name: str, dtype: torch.dtype | None, variant: str | None, revision: str | None) -> Any:
     import diffusers
 
@@ -407,17 +297,3 @@ def _load_hub(name: str, dtype: torch.dtype | None, variant: str | None, revisio
         return _load_folder(Path(folder), dtype, variant)
 
     return explained(name, load)
-
-
-def explained(name: str, load: Any) -> Any:
-    """Whatever the libraries raise on a broken or missing model becomes one error that names it."""
-    try:
-        return load()
-    except ModelError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{name!r} cannot be loaded: {reason[:400]}. Give the word theatre, a folder in diffusers' layout, a hub "
-            "id, or a .safetensors file."
-        ) from error

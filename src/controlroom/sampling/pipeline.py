@@ -51,6 +51,7 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         variant: str | None = None,
         revision: str | None = None,
+        config: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Load a model.
 
@@ -59,11 +60,13 @@ class Pipeline:
             torch_dtype: precision; None: float32. ``dtype`` is another name for it.
             variant: files of a variant, e.g. ``fp16``.
             revision: branch, tag or commit on the hub.
+            config: for a single file, the folder in diffusers' layout with its configurations and tokenizers; None:
+                those of the hub repository it was made from, which are fetched if they are not here.
 
         Raises:
             ModelError: nothing there, a part, key or vocabulary is missing, or it is a pickle.
         """
-        backbone, source = load_backbone(model, torch_dtype or dtype, variant, revision)
+        backbone, source = load_backbone(model, torch_dtype or dtype, variant, revision, config)
         return cls(backbone, source, os.fspath(model))
 
     @classmethod
