@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from controlroom.backbones.loading import check_keys, explained, read_safetensors
+from controlroom.backbones.completeness import check_keys
+from controlroom.backbones.model_files import explained, read_safetensors
 from controlroom.core.errors import ModelError
 
 _CLASS = "ControlNetModel"

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from controlroom.backbones.loading import check_keys, explained, keep, read_json
+from controlroom.backbones.completeness import check_keys
+from controlroom.backbones.loading import keep
+from controlroom.backbones.model_files import explained, read_json
 from controlroom.core.backbone import Backbone
 from controlroom.core.errors import ModelError
 

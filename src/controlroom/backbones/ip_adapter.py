@@ -20,7 +20,8 @@ from torch import nn
 
 from controlroom.backbones.image_encoder import encoder_width, load_image_encoder
 from controlroom.backbones.image_projection import ImageProjection, projection_for
-from controlroom.backbones.loading import find_model, read_safetensors
+from controlroom.backbones.loading import find_model
+from controlroom.backbones.model_files import read_safetensors
 from controlroom.core.backbone import Backbone
 from controlroom.core.errors import ModelError
 

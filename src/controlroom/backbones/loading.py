@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from controlroom.backbones.base import Backbone, execution_device
-from controlroom.backbones.model_files import PICKLES, THEATRE, explained, read_json, theatre_folder
-from controlroom.backbones.model_files import find_model as find_model
-from controlroom.backbones.model_files import read_safetensors as read_safetensors
+from controlroom.backbones.completeness import check_folder, check_keys
+from controlroom.backbones.model_files import PICKLES, explained, read_json
 from controlroom.backbones.sd1 import StableDiffusion1
 from controlroom.backbones.sd2 import StableDiffusion2
 from controlroom.backbones.sdxl import StableDiffusionXL
@@ -24,8 +23,75 @@ from controlroom.backbones.single_file import load_single_file
 from controlroom.core.backbone import Backbone as CoreBackbone
 from controlroom.core.errors import ModelError
 
-# Buffers that some versions of transformers store and others compute.
-_COMPUTED = ("position_ids",)
+THEATRE = "theatre"
+
+
+def theatre_folder() -> Path:
+    """Folder of the embedded checkpoint."""
+    return Path(__file__).resolve().parent.parent / "assets" / "theatre"
+
+
+def find_model(model: str | os.PathLike[str], what: str = "model") -> Path:
+    """Where something that a control names lies on this machine: a folder, or a ``.safetensors`` file.
+
+    Nothing is downloaded: a run may have been written by somebody else, and drawing a picture again must not fetch
+    what it names.
+
+    Args:
+        model: a path; a name of the theatre such as ``theatre/pose``; a hub id that has been downloaded, with or
+            without a path inside (``h94/IP-Adapter/models/ip-adapter_sd15.safetensors``).
+        what: what is looked for, for the message.
+
+    Raises:
+        ModelError: nothing there, or a pickle.
+    """
+    name = os.fspath(model)
+    if not isinstance(name, str) or not name or "\0" in name or len(name) > 4096:
+        raise ModelError(f"{str(name)[:80]!r} does not name a {what}. Give a path, a hub id or a name of the theatre.")
+    if name.lower().endswith(PICKLES):
+        raise ModelError(
+            f"{name!r} is a pickle, which can run code when it is opened. Use the .safetensors file of that {what}, or "
+            "convert it where you trust it."
+        )
+    parts = name.split("/")
+    if parts[0] == THEATRE and len(parts) > 1 and not Path(name).exists():
+        place = theatre_folder().joinpath(*parts[1:])
+        if ".." in parts or not place.exists():
+            known = sorted(
+                p.name for p in theatre_folder().glob("*") if p.is_dir() and not p.name.startswith((".", "_"))
+            )
+            raise ModelError(
+                f"The theatre of this installation has no {name!r}. It has: {', '.join(known) or 'nothing'}."
+            )
+        return place
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+            return path
+        if path.is_file():
+            raise ModelError(f"{name!r} is not a .safetensors file. Give one, or a folder in diffusers' layout.")
+    except OSError as error:
+        raise ModelError(f"{name!r} cannot be read: {error.strerror}.") from error
+    if len(parts) < 2 or "" in parts or parts[0] in (".", "..", "~") or "\\" in name:
+        raise ModelError(f"There is no {what} at {name!r}. Check the path.")
+    return _find_downloaded(parts, name, what)
+
+
+def _find_downloaded(parts: list[str], name: str, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repository = "/".join(parts[:2])
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True))
+    except Exception as error:
+        raise ModelError(
+            f"There is no {what} at {name!r}, and {repository!r} has not been downloaded. Check the path, or download "
+            f"it with: hf download {repository}"
+        ) from error
+    place = folder.joinpath(*parts[2:])
+    if ".." in parts or not place.exists():
+        raise ModelError(f"{repository!r} was downloaded, but has no {'/'.join(parts[2:])!r}. Check the name.")
+    return place
 
 
 def keep(backbone: CoreBackbone, key: tuple[Any, ...], path: Path, load: Callable[[], Any]) -> Any:
@@ -165,53 +231,6 @@ def load_backbone(
     return backbone_from_components(pipeline), pipeline
 
 
-def check_folder(folder: Path, variant: str | None = None) -> None:
-    """Every part that ``model_index.json`` names is there with its configuration and its safetensors.
-
-    Raises:
-        ModelError: a part is missing, or only a pickle of it is there.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ModelError(
-            f"{folder} has no model_index.json, so it is not a model in diffusers' layout. Give the folder that holds "
-            "unet/, vae/ and text_encoder/."
-        )
-    parts = read_json(index)
-    for part, entry in parts.items():
-        if part.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
-            continue
-        if part in ("safety_checker", "feature_extractor", "image_encoder"):
-            continue
-        place = folder / part
-        if not place.is_dir():
-            raise ModelError(f"{folder} has no {part}/, which its model_index.json names. Restore it.")
-        if part.startswith("tokenizer"):
-            if (
-                not ((place / "vocab.json").is_file() and (place / "merges.txt").is_file())
-                and not (place / "tokenizer.json").is_file()
-            ):
-                raise ModelError(f"{place} has neither vocab.json with merges.txt nor tokenizer.json. Restore them.")
-        elif part == "scheduler":
-            read_json(place / "scheduler_config.json")
-        else:
-            read_json(place / "config.json")
-            _check_weights(place, variant)
-
-
-def _check_weights(place: Path, variant: str | None) -> None:
-    weights = [file for file in place.iterdir() if file.suffix == ".safetensors"]
-    if variant is not None:
-        weights = [file for file in weights if f".{variant}." in file.name or f".{variant}-" in file.name] or weights
-    if not weights:
-        pickles = [file.name for file in place.iterdir() if file.suffix in PICKLES]
-        what = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
-        raise ModelError(f"{place} has {what}. Put its .safetensors file there.")
-    for file in weights:
-        if file.stat().st_size < 8:
-            raise ModelError(f"{file} is empty or cut off. Copy it again.")
-
-
 def _load_folder(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
     import diffusers
 
@@ -244,43 +263,6 @@ def _load_folder(folder: Path, dtype: torch.dtype | None, variant: str | None) -
         if module is not None:
             check_keys(module, folder / part, variant)
     return pipeline
-
-
-def check_keys(module: Any, place: Path, variant: str | None = None) -> None:
-    """Every parameter of a module stands in its files, in its shape.
-
-    Raises:
-        ModelError: a key is missing or has another shape; the message names the first.
-    """
-    from safetensors import safe_open
-
-    files = sorted(place.glob("*.safetensors"))
-    if variant is not None:
-        files = [file for file in files if f".{variant}." in file.name or f".{variant}-" in file.name] or files
-    else:
-        files = [file for file in files if file.name.count(".") == 1] or files
-    stored: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(str(file), framework="pt") as content:
-            for key in content.keys():
-                stored[key] = tuple(content.get_slice(key).get_shape())
-    tied = set(getattr(module, "_tied_weights_keys", None) or ())
-    for key, value in module.state_dict().items():
-        if key.endswith(_COMPUTED) or key in tied:
-            continue
-        found = _stored_shape(stored, key)
-        if found is None:
-            raise ModelError(
-                f"{place} lacks the weights {key!r}; the network would start from noise there. Copy it again."
-            )
-        if found != tuple(value.shape):
-            raise ModelError(f"{place} has {key!r} as {list(found)}, its config asks for {list(value.shape)}.")
-
-
-def _stored_shape(stored: dict[str, tuple[int, ...]], key: str) -> tuple[int, ...] | None:
-    # transformers 5 dropped the prefix of CLIP's text model; files of both layouts load.
-    names = [key, f"text_model.{key}", key.removeprefix("text_model.")]
-    return next((stored[name] for name in names if name in stored), None)
 
 
 def _load_hub(name: str, dtype: torch.dtype | None, variant: str | None, revision: str | None) -> Any:

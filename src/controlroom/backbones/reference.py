@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controlroom.backbones.loading import explained, read_safetensors
+from controlroom.backbones.model_files import explained, read_safetensors
 from controlroom.backbones.sites import attention_sites, stages
 from controlroom.core.errors import ModelError
 
