@@ -140,8 +140,10 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         _keypoint_reader,
         {
             "batch_size": 32,
-            "total_steps": 2400,
-            "learning_rate": 2e-3,
+            "optimizer": "muon",
+            "matrix_learning_rate": 0.01,
+            "total_steps": 1500,
+            "learning_rate": 1e-3,
             "schedule": "cosine",
             "final_fraction": 0.02,
             "warmup_steps": 100,
