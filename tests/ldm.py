@@ -14,7 +14,7 @@ _UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
 }
-_RESNET = {
+RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -52,7 +52,7 @@ def _unet(key: str, unet: Any) -> str:
             return _renamed(key, _UNET)
         kind, number, rest = part.groups()
         place = 1 if kind == "attentions" else 2 * int(number)
-        return f"middle_block.{place}.{rest if kind == 'attentions' else _renamed(rest, _RESNET)}"
+        return f"middle_block.{place}.{rest if kind == 'attentions' else _renamed(rest, RESNET)}"
     side, block, kind, number, rest = part.groups()
     first = (layers + 1) * int(block)
     if kind == "downsamplers":
@@ -61,7 +61,7 @@ def _unet(key: str, unet: Any) -> str:
         attends = len(getattr(unet.up_blocks[int(block)], "attentions", None) or ()) > 0
         return f"output_blocks.{first + layers}.{2 if attends else 1}.{rest}"
     blocks = f"input_blocks.{first + int(number) + 1}" if side == "down" else f"output_blocks.{first + int(number)}"
-    return f"{blocks}.1.{rest}" if kind == "attentions" else f"{blocks}.0.{_renamed(rest, _RESNET)}"
+    return f"{blocks}.1.{rest}" if kind == "attentions" else f"{blocks}.0.{_renamed(rest, RESNET)}"
 
 
 def _vae(key: str, levels: int) -> str:

@@ -12,16 +12,9 @@ from safetensors.torch import save_file
 from controlroom.backbones.controlnet import load_controlnet
 from controlroom.core.errors import ModelError
 from tests.controls.nets import tiny_controlnet
+from tests.ldm import RESNET
 from tests.tiny import tiny_unet
 
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 # The miniature: two levels of one layer; the first has attention and halves.
 PLACES = {
     "time_embedding.linear_1": "time_embed.0",

@@ -99,6 +99,19 @@ def rows_of(x: torch.Tensor, run: Run, branch: str) -> torch.Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", antialias=True)
 
 
+def tiled(x: torch.Tensor, rows: int, branch: str) -> torch.Tensor:
+    """Rows for a branch out of one row for all, or one for each image; those repeat for each view of the canvas.
+
+    Raises:
+        InputError: the branch has another number of pictures, and the rows differ.
+    """
+    if x.shape[0] in (1, rows):
+        return x
+    if rows % x.shape[0]:
+        raise InputError(f"The branch {branch!r} has {rows} pictures, the control was given {x.shape[0]}.")
+    return x.repeat(rows // x.shape[0], *(1 for _ in x.shape[1:]))
+
+
 def resized_mask(mask: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
     """[rows, 1, H, W] -> [rows, 1, h, w]: the share of each coarse pixel that is white."""
     return mask if tuple(mask.shape[-2:]) == hw else F.interpolate(mask.float(), size=hw, mode="area").to(mask.dtype)

@@ -104,32 +104,18 @@ class Operations:
         return bool(self.routes or self.extensions or self.biases or self.mixes)
 
 
-class AttentionCall:
-    """One execution of one attention layer, as a control sees it.
+class LayerCall:
+    """One execution of a layer in a pass: where, at which step, for which branches.
 
     Attributes:
-        site: where; ``site.kind`` is ``self`` or ``cross``.
+        site: where.
         step: the step of the run; ``step.memory(self)`` is the control's memory.
         layout: rows of this pass. A branch may be absent (an energy pass has few): test ``name in call``.
         phase: ``main``, ``energy`` or ``probe``.
-        heads: number of attention heads.
-        context: [rows, length, width] of a cross-attention layer; None for self-attention. Read-only.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        step: Step,
-        layout: Layout,
-        phase: str,
-        hidden: torch.Tensor,
-        context: torch.Tensor | None,
-        heads: int,
-    ) -> None:
+    def __init__(self, site: Site, step: Step, layout: Layout, phase: str) -> None:
         self.site, self.step, self.layout, self.phase = site, step, layout, phase
-        self.context, self.heads = context, heads
-        self.operations = Operations()
-        self._hidden = hidden
 
     def __contains__(self, branch: str) -> bool:
         return branch in self.layout
@@ -146,6 +132,31 @@ class AttentionCall:
     def rows(self, branch: str) -> slice:
         """Static slice of a branch's rows."""
         return self.layout.rows(branch)
+
+
+class AttentionCall(LayerCall):
+    """One execution of one attention layer, as a control sees it.
+
+    Attributes:
+        site, step, layout, phase: as in `LayerCall`; ``site.kind`` is ``self`` or ``cross``.
+        heads: number of attention heads.
+        context: [rows, length, width] of a cross-attention layer; None for self-attention. Read-only.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        step: Step,
+        layout: Layout,
+        phase: str,
+        hidden: torch.Tensor,
+        context: torch.Tensor | None,
+        heads: int,
+    ) -> None:
+        super().__init__(site, step, layout, phase)
+        self.context, self.heads = context, heads
+        self.operations = Operations()
+        self._hidden = hidden
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -285,11 +296,11 @@ class AttentionCall:
         self.operations.readers.append(Reader(branch, sink, edited))
 
 
-class FeatureCall:
+class FeatureCall(LayerCall):
     """One execution of a resnet, transformer, up- or downsampler or norm, as a control sees it.
 
     Attributes:
-        site, step, layout, phase: as in `AttentionCall`.
+        site, step, layout, phase: as in `LayerCall`.
         input: [rows, channels, h, w] first input of the module. Read-only.
         hidden: [rows, channels, h, w] output of the module, with the changes of controls before. Read-only: return a
             new tensor from ``feature``.
@@ -298,21 +309,5 @@ class FeatureCall:
     def __init__(
         self, site: Site, step: Step, layout: Layout, phase: str, input: torch.Tensor, hidden: torch.Tensor
     ) -> None:
-        self.site, self.step, self.layout, self.phase = site, step, layout, phase
+        super().__init__(site, step, layout, phase)
         self.input, self.hidden = input, hidden
-
-    def __contains__(self, branch: str) -> bool:
-        return branch in self.layout
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Branches of this pass."""
-        return self.layout.names
-
-    def reached(self, control: Control) -> tuple[str, ...]:
-        """Branches of this pass that the control reaches."""
-        return tuple(name for name in self.layout.names if self.step.run.reaches(control, name))
-
-    def rows(self, branch: str) -> slice:
-        """Static slice of a branch's rows."""
-        return self.layout.rows(branch)

@@ -7,7 +7,7 @@ position: a `Layout` maps names to static slices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -86,6 +86,15 @@ class Condition:
     mask: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
+
+    def take(self, rows: Sequence[int]) -> Condition:
+        """The condition whose row i is row ``rows[i]`` of this one; what is shared by all rows stays so."""
+
+        def taken(part: torch.Tensor | None) -> torch.Tensor | None:
+            return part if part is None or (part.shape[0] == 1 < self.tokens.shape[0]) else part[list(rows)]
+
+        tokens = self.tokens[list(rows)]
+        return Condition(tokens, taken(self.mask), taken(self.pooled), taken(self.time_ids))
 
     def expand(self, rows: int) -> Condition:
         """The same condition with exactly ``rows`` rows; what has a divisor of that many is tiled (for views)."""

@@ -189,9 +189,7 @@ def _encode(run: Run, spec: RunSpec, texts: Sequence[str], negative: bool, secon
         clip_skip=spec.clip_skip,
         second=[second for _, second in unique] if seconds is not None else None,
     )
-    index = [unique.index(pair) for pair in pairs]
-    parts = (condition.tokens, condition.mask, condition.pooled, condition.time_ids)
-    return Condition(*(None if part is None else part[index] for part in parts))  # type: ignore[arg-type]
+    return condition.take([unique.index(pair) for pair in pairs])
 
 
 def _given(run: Run, spec: RunSpec, embeds: Any, pooled: Any, name: str) -> Condition:

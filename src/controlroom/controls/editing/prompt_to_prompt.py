@@ -189,11 +189,8 @@ class PromptToPrompt(Control):
         """Encode the source prompts and work out the edit of every step."""
         sources = self._sources(run.prompts)
         unique = list(dict.fromkeys(sources))
-        encoded = run.encode_text(unique)
+        condition = run.encode_text(unique).take([unique.index(text) for text in sources])
         cond = run.conditions["cond"]
-        index = [unique.index(text) for text in sources]
-        parts = (encoded.tokens, encoded.mask, encoded.pooled, encoded.time_ids)
-        condition = Condition(*(None if part is None else part[index] for part in parts))  # type: ignore[arg-type]
         if isinstance(cond, Condition):
             # The sizes that Stable Diffusion XL is told are the run's.
             condition = replace(condition, time_ids=cond.time_ids)

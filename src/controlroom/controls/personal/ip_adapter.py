@@ -32,7 +32,7 @@ from controlroom.backbones.ip_adapter import (
     load_ip_adapter,
 )
 from controlroom.backbones.loading import check_device, find_model, keep
-from controlroom.controls.condition_map import mask_map, rows_of, tokens_hw
+from controlroom.controls.condition_map import mask_map, rows_of, tiled, tokens_hw
 from controlroom.controls.layer_scales import Scale, layer_scales, leaves
 from controlroom.controls.prompt_pictures import given_features, prompt_pixels
 from controlroom.core.attention import AttentionCall
@@ -157,7 +157,7 @@ class IPAdapter(Control):
                     continue
                 k, v = self._projected(memory, name, negative, picture)
                 rows = call.layout.size(branch)
-                k, v = _rows(k, rows, branch), _rows(v, rows, branch)
+                k, v = tiled(k, rows, branch), tiled(v, rows, branch)
                 mask = self._query_mask(memory, call, branch, picture) if memory.masks else None
                 call.stream(branch, k, v, scale=factor, query_mask=mask)
 
@@ -247,15 +247,6 @@ def _tokens(adapter: IPAdapterModel, features: torch.Tensor) -> torch.Tensor:
 
 def _pooled(features: torch.Tensor, how: str) -> torch.Tensor:
     return features.mean(1, keepdim=True) if how == "mean" else features.amax(1, keepdim=True)
-
-
-def _rows(x: torch.Tensor, rows: int, branch: str) -> torch.Tensor:
-    """Tokens of each prompt for the rows of a branch; rows of several views go view by view."""
-    if x.shape[0] in (1, rows):
-        return x
-    if rows % x.shape[0]:
-        raise InputError(f"The branch {branch!r} has {rows} pictures, the image prompt {x.shape[0]}.")
-    return x.repeat(rows // x.shape[0], 1, 1)
 
 
 def _masks(mask: Any) -> list[Any]:

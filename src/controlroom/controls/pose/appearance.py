@@ -18,15 +18,15 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from controlroom.backbones.loading import find_model, keep
+from controlroom.backbones.loading import check_device, find_model, keep
 from controlroom.backbones.reference import Bank, ReferenceWriter, check_writer, load_writer
-from controlroom.controls.condition_map import mask_map, rows_of
+from controlroom.controls.condition_map import mask_map, rows_of, tiled
 from controlroom.controls.reference_images import count, reference_masks, reference_pixels, token_bias
 from controlroom.core.attention import AttentionCall
 from controlroom.core.branch import Condition
 from controlroom.core.claims import Claim
 from controlroom.core.control import Control, Declaration, Outline
-from controlroom.core.errors import InputError, ModelError
+from controlroom.core.errors import ModelError
 from controlroom.core.run import Run
 from controlroom.core.sites import Site
 from controlroom.core.step import Step
@@ -150,8 +150,7 @@ class AppearanceControl(Control):
                 f"A writer of references cannot be made from a {type(self.model).__name__}; give a path or a UNet."
             )
         check_writer(self.model, unet, "The given writer")
-        if self.model.device != run.device:
-            raise ModelError(f"The writer is on {self.model.device}, the pipeline on {run.device}. Move one of them.")
+        check_device(self.model, run.device, "writer")
         return self.model
 
     def before(self, step: Step) -> None:
@@ -185,7 +184,7 @@ class AppearanceControl(Control):
             given = tokens if conditional else torch.zeros_like(tokens)
             bias = self._bias(call, memory, branch)
             weight, share = max(self.scale, 1.0), min(self.scale, 1.0)
-            call.extend(branch, tokens=_rows(given, rows), bias=bias, weight=weight, share=share)
+            call.extend(branch, tokens=tiled(given, rows, branch), bias=bias, weight=weight, share=share)
 
     def _bias(self, call: AttentionCall, memory: _Memory, branch: str) -> torch.Tensor | None:
         """[rows or 1, 1, queries or 1, tokens or 1] out of both masks."""
@@ -197,7 +196,7 @@ class AppearanceControl(Control):
             if memory.masks is not None:
                 sizes = [_tokens(run, (x.shape[2], x.shape[3]), name) for x in memory.latents]
                 parts = [token_bias(m, hw)[:, None] for m, hw in zip(memory.masks, sizes, strict=True)]
-                bias = bias + _rows(_joined(parts, dim=2), call.layout.size(branch))[:, None]
+                bias = bias + tiled(_joined(parts, dim=2), call.layout.size(branch), branch)[:, None]
             if memory.mask is not None:
                 size = _tokens(run, run.plan.hw_of(branch), name)
                 bias = bias + token_bias(rows_of(memory.mask, run, branch), size)[:, None, :, None]
@@ -213,16 +212,3 @@ def _tokens(run: Run, hw: tuple[int, int], layer: str) -> tuple[int, int]:
 def _joined(parts: list[torch.Tensor], dim: int = 1) -> torch.Tensor:
     rows = max(part.shape[0] for part in parts)
     return torch.cat([part.expand(rows, -1, -1) for part in parts], dim=dim)
-
-
-def _rows(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """Rows for a branch: one for all, or one for each image, repeated for each view of the canvas.
-
-    Raises:
-        InputError: the branch has another number of pictures, and the references differ.
-    """
-    if x.shape[0] in (1, rows):
-        return x
-    if rows % x.shape[0]:
-        raise InputError(f"A branch has {rows} pictures, but there are references for {x.shape[0]}.")
-    return x.repeat(rows // x.shape[0], *(1 for _ in x.shape[1:]))
