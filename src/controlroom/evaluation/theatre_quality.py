@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -153,17 +154,17 @@ def main() -> None:
     from controlroom.backbones.loading import theatre_folder
     from controlroom.sampling.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(arguments.model)
+    pipeline = cache(lambda: Pipeline.from_pretrained(arguments.model))
     reader = AttributeReader.load(theatre_folder() / "readers" / "attributes")
 
     def draw(texts: Sequence[str], seed: int) -> list[Image.Image]:
-        return pipe(
+        return pipeline()(
             list(texts), seed=seed, num_inference_steps=arguments.steps, guidance_scale=arguments.guidance_scale
         ).images
 
     jobs: dict[str, Callable[[], Any]] = {
         "readers": lambda: reader_error(reader, 4 * arguments.n),
-        "autoencoder": lambda: autoencoder_quality(pipe.backbone.vae, reader, arguments.n),
+        "autoencoder": lambda: autoencoder_quality(_autoencoder(arguments.model), reader, arguments.n),
         "captions": lambda: caption_quality(draw, reader, arguments.n),
         "two objects": lambda: two_object_quality(draw, reader, max(arguments.n // 2, 1)),
     }
@@ -174,6 +175,15 @@ def main() -> None:
             print(name, json.dumps(found[name], indent=1), flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(arguments.output, json.dumps(found, indent=1, sort_keys=True) + "\n")
+
+
+def _autoencoder(model: str) -> Any:
+    """The autoencoder alone, so that it can be measured before there is a UNet."""
+    from diffusers import AutoencoderKL
+
+    from controlroom.backbones.loading import THEATRE, theatre_folder
+
+    return AutoencoderKL.from_pretrained((theatre_folder() if model == THEATRE else Path(model)) / "vae").eval()
 
 
 def _plain(value: Any) -> Any:

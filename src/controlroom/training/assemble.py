@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from controlroom.core.errors import ModelError
 from controlroom.core.files import atomic_path, write_text_atomically
+from controlroom.data.theatre.tokenizer import write_tokenizer
 
 #: Weights of a stage -> folder of the checkpoint; later stages write over earlier ones.
 PARTS = {
@@ -87,6 +88,7 @@ def _text_encoder(target: Path) -> list[Path]:
     text_settings["dtype"] = "float32"  # half precision is for the disk; transformers would compute in it otherwise
     write_text_atomically(folder / "config.json", json.dumps(text_settings, indent=2, sort_keys=True) + "\n")
     copied = copy_half(clip / "tokenizer", target / "tokenizer")
+    write_tokenizer(target / "tokenizer")  # vocab.json and merges.txt too, which older readers want
     return [folder / "model.safetensors", folder / "config.json", *copied]
 
 

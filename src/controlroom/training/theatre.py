@@ -125,8 +125,10 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         _attribute_reader,
         {
             "batch_size": 32,
+            "optimizer": "muon",
+            "matrix_learning_rate": 0.01,
             "total_steps": 1500,
-            "learning_rate": 2e-3,
+            "learning_rate": 1e-3,
             "schedule": "cosine",
             "final_fraction": 0.02,
             "warmup_steps": 100,
