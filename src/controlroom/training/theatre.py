@@ -1,8 +1,9 @@
 """Trains the theatre's models, one stage at a time: ``python -m controlroom.training.theatre STAGE``.
 
 Each stage is a recipe with its settings; `docs/theatre.md` says how the shipped weights were made with them. A stage
-resumes where it was stopped; the weights it exports go to ``runs/theatre/STAGE/weights``; ``assemble`` copies them, halved, into the package's checkpoint. The order
-is autoencoder, clip, attribute_reader, keypoint_reader, unet, then the controls' own models.
+resumes where it was stopped; the weights it exports go to ``runs/theatre/STAGE/weights``, and ``assemble`` copies them,
+halved, into the package's checkpoint. The order is autoencoder, clip, attribute_reader, keypoint_reader, unet, then the
+controls' own models.
 """
 
 from __future__ import annotations
