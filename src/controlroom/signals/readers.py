@@ -48,6 +48,34 @@ class _Block(nn.Module):
         return F.silu(self.out_norm(self.second(h)) + self.skip(x))
 
 
+class _QuestionPool(nn.Module):
+    """One summary of the feature maps for each question: learned queries attend over all places.
+
+    Where something stands must not matter to whether it is there, so the queries look at 1/8 of the size, where a
+    small thing still has places of its own. Maps [B, near, 2h, 2w] and [B, far, h, w] to [B, questions, width].
+    """
+
+    def __init__(self, near: int, far: int, questions: int, width: int, side: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.near, self.far = nn.Conv2d(near, width, 1), nn.Conv2d(far, width, 1)
+        self.position = nn.Parameter(torch.randn(1, width, side, side) * 0.1)
+        self.norm = nn.LayerNorm(width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.query = nn.Parameter(torch.randn(questions, width) * 0.3)
+        self.think = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, near: Tensor, far: Tensor) -> Tensor:
+        places = self.near(near) + F.interpolate(self.far(far), scale_factor=2.0) + self.position
+        keys, values = self.key_value(self.norm(places.flatten(2).mT)).chunk(2, dim=-1)
+        query = self.query.expand(len(near), -1, -1)
+        split = [t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (query, keys, values)]
+        pooled = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+        return pooled + self.think(pooled)
+
+
 class AttributeReader(nn.Module):
     """Answers questions about a picture: for each question one of its options.
 
@@ -71,7 +99,12 @@ class AttributeReader(nn.Module):
         )
         # 8 x 8 places, pooled to 4 x 4: where something is decides what it is (a shirt is above the trousers).
         self.mix = nn.Sequential(nn.Flatten(), nn.Linear(6 * w * 16, 320), nn.SiLU(), nn.LayerNorm(320))
-        self.heads = nn.Linear(320, sum(len(options) for options in self.answers.values()))
+        self.pool = _QuestionPool(4 * w, 6 * w, len(self.answers), 128, size // 8)
+        self.whole = nn.Linear(320, 128)
+        counts = [len(options) for options in self.answers.values()]
+        self.option = nn.Parameter(torch.randn(sum(counts), 128) * 128**-0.5)
+        self.option_bias = nn.Parameter(torch.zeros(sum(counts)))
+        self._question_of = [question for question, count in enumerate(counts) for _ in range(count)]
 
     def features(self, pixels: Tensor) -> list[Tensor]:
         """Feature maps at 1/2, 1/4, 1/8 and 1/16 of the size: list of [B, C, h, w]."""
@@ -81,13 +114,12 @@ class AttributeReader(nn.Module):
             maps.append(h)
         return maps
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """The vector that all answers are read from: [B, 320]."""
-        return self.mix(F.adaptive_avg_pool2d(self.features(pixels)[-1], 4))
-
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        logits = self.heads(self.embed(pixels)).split([len(options) for options in self.answers.values()], dim=1)
-        return dict(zip(self.answers, logits, strict=True))
+        near, far = self.features(pixels)[-2:]
+        summary = self.pool(near, far) + self.whole(self.mix(F.adaptive_avg_pool2d(far, 4)))[:, None]
+        logits = (summary[:, self._question_of] * self.option).sum(dim=-1) + self.option_bias
+        split = logits.split([len(options) for options in self.answers.values()], dim=1)
+        return dict(zip(self.answers, split, strict=True))
 
     @torch.no_grad()
     def read(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> list[dict[str, str]]:

@@ -34,6 +34,7 @@ from controlroom.training.checkpoint import (
 )
 from controlroom.training.ema import Ema
 from controlroom.training.export import export_weights, samples_seen
+from controlroom.training.hardware import fast_bfloat16
 from controlroom.training.identity import identity_of, refuse_other_run, trained_parameters
 from controlroom.training.optimizers import new_optimizer
 from controlroom.training.prefetch import batches_ahead
@@ -105,6 +106,9 @@ class _Run:
             module.train()
         self.parameters = trained_parameters(self.modules, self.frozen)
         self.device = next(iter(self.parameters.values())).device
+        self.bfloat16 = settings.mixed_precision == "bf16" or (
+            settings.mixed_precision == "auto" and fast_bfloat16(self.device)
+        )
         self.frozen_hash = modules_hash(self.frozen)
 
         # -- where it starts: a checkpoint, exported weights, or the recipe's own initial weights --
@@ -213,7 +217,7 @@ class _Run:
         # -- loss: random numbers by slot; layers with randomness of their own (dropout) get the step's seed --
         torch.manual_seed(seed_of(settings.seed, slots[0], "layers"))
         rng = StepRandom(settings.seed, step, slots, self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             losses = self.recipe.loss(batch, step, rng)
         self._finite(float(losses.total.detach()), "loss")
 

@@ -8,7 +8,7 @@ last layers (four channels or fewer on one side) stay with AdamW, as the authors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,17 +20,27 @@ from controlroom.training.settings import TrainSettings
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
-def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """A matrix [m, n] with the singular vectors of ``matrix`` and singular values between about 0.7 and 1.2."""
-    x = matrix.bfloat16()
-    tall = x.shape[0] > x.shape[1]
+def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Matrices [..., m, n] with the singular vectors of ``matrices`` and singular values between about 0.7 and 1.2.
+
+    Every iteration multiplies from the left by a polynomial of the Gram matrix, so only the small square matrices are
+    iterated and the large one is multiplied once: a third of the work where n is nine times m, as in convolutions.
+    """
+    x = matrices.float()
+    tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.T
-        x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+        x = x.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    one = torch.eye(gram.shape[-1], device=x.device)
+    product = one
+    for iteration in range(iterations):
+        factor = _A * one + _B * gram + _C * (gram @ gram)
+        product = factor @ product
+        if iteration + 1 < iterations:
+            gram = factor @ gram @ factor
+    x = product @ x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def is_matrix(parameter: Tensor) -> bool:
@@ -87,19 +97,34 @@ class Muon(torch.optim.Optimizer):
                 self._adamw.param_groups[0]["lr"] = group["lr"]
                 self._adamw.step()
                 continue
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, group["lr"], group["weight_decay"])
+            moved = [p for p in group["params"] if p.grad is not None]
+            for alike in _by_shape(moved):
+                self._move(alike, group["lr"], group["weight_decay"])
 
-    def _move(self, parameter: Tensor, rate: float, decay: float) -> None:
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - self.momentum)  # type: ignore[arg-type]
-        ahead = torch.lerp(parameter.grad, state["momentum"], self.momentum)  # type: ignore[arg-type]
-        direction = orthogonalised(ahead.reshape(ahead.shape[0], -1))
-        stretch = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
-        parameter.mul_(1 - rate * decay).add_(direction.view_as(parameter), alpha=-rate * stretch)
+    def _move(self, parameters: list[nn.Parameter], rate: float, decay: float) -> None:
+        """One step of matrices of one shape: many small products in one call."""
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        gradients = [p.grad for p in parameters]
+        momenta = [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        ahead = torch.stack(torch._foreach_lerp(gradients, momenta, self.momentum)).flatten(2)
+        directions = orthogonalised(ahead)
+        stretch = max(1.0, directions.shape[1] / directions.shape[2]) ** 0.5
+        torch._foreach_mul_(parameters, 1 - rate * decay)
+        steps = [d.view_as(p) for d, p in zip(directions, parameters, strict=True)]
+        torch._foreach_add_(parameters, steps, alpha=-rate * stretch)
+
+
+def _by_shape(parameters: Iterable[nn.Parameter], at_once: int = 16) -> Iterator[list[nn.Parameter]]:
+    """Groups of parameters of one shape, no larger than the caches like."""
+    groups: dict[torch.Size, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.shape, []).append(parameter)
+    for group in groups.values():
+        for start in range(0, len(group), at_once):
+            yield group[start : start + at_once]
 
 
 def new_optimizer(

@@ -57,7 +57,9 @@ class TrainSettings(BaseModel):
     epsilon: PositiveFloat = 1e-8
     clip_grad_norm: PositiveFloat | None = 1.0
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "auto"] = Field(
+        default="no", description="auto: bfloat16 where the machine is faster in it"
+    )
 
     start_from: Path | None = Field(default=None, description="folder of exported weights to continue from")
     checkpoint_every_seconds: PositiveFloat | None = 180.0

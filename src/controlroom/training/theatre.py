@@ -13,11 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from controlroom.training.hardware import keep_freed_memory
 from controlroom.training.loop import train
 from controlroom.training.recipe import Recipe
 from controlroom.training.settings import TrainSettings
 
 RUNS = Path("runs/theatre")
+SCENES = 25_600
+"""Scenes whose latents the UNet learns from, again and again with other captions."""
+PAIRS = 8_000
+"""Pairs of one puppet in two poses."""
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "theatre"
 
 
@@ -48,7 +53,7 @@ def _keypoint_reader() -> Recipe[Any]:
 def _unet() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_unet import TheatreUNet
 
-    return TheatreUNet(RUNS / "autoencoder/weights", RUNS / "clip/weights", RUNS / "latents")
+    return TheatreUNet(RUNS / "autoencoder/weights", RUNS / "clip/weights", RUNS / "latents", scenes=SCENES)
 
 
 def _trained_parts() -> tuple[Path, Path, Path]:
@@ -59,13 +64,13 @@ def _trained_parts() -> tuple[Path, Path, Path]:
 def _appearance() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_appearance import TheatreAppearance
 
-    return TheatreAppearance(*_trained_parts(), RUNS / "latents")
+    return TheatreAppearance(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
 
 
 def _pose() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
 
-    return TheatrePoseControlNet(*_trained_parts(), RUNS / "latents")
+    return TheatrePoseControlNet(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
 
 
 def _retarget() -> Recipe[Any]:
@@ -74,6 +79,7 @@ def _retarget() -> Recipe[Any]:
     return TheatrePoseControlNet(
         *_trained_parts(),
         RUNS / "latents",
+        pairs=PAIRS,
         controlnet_folder=RUNS / "pose/weights",
         appearance_folder=RUNS / "appearance/weights",
     )
@@ -82,15 +88,39 @@ def _retarget() -> Recipe[Any]:
 def _ip_adapter() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_ip_adapter import TheatreIPAdapter
 
-    return TheatreIPAdapter(*_trained_parts(), RUNS / "latents")
+    return TheatreIPAdapter(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
 
+
+#: What the stages share; each says what it has of its own.
+_COMMON: dict[str, Any] = {
+    "batch_size": 32,
+    "optimizer": "muon",
+    "schedule": "constant",
+    "warmup_steps": 50,
+    "weight_decay": 0.01,
+    "betas": (0.9, 0.99),
+    "mixed_precision": "auto",
+}
+_READER: dict[str, Any] = _COMMON | {
+    "matrix_learning_rate": 0.01,
+    "total_steps": 1500,
+    "learning_rate": 1e-3,
+    "schedule": "cosine",
+    "final_fraction": 0.02,
+    "warmup_steps": 100,
+    "weight_decay": 0.02,
+    "betas": (0.9, 0.999),
+    "ema_decay": 0.995,
+    "validate_every": 400,
+}
+_CONTROL: dict[str, Any] = _COMMON | {"ema_decay": 0.995, "validate_every": 200, "export_with_checkpoint": True}
 
 STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     "autoencoder": (
         _autoencoder,
-        {
+        _COMMON
+        | {
             "batch_size": 8,
-            "optimizer": "muon",
             "matrix_learning_rate": 0.012,
             "total_steps": 2700,
             "learning_rate": 6e-4,
@@ -98,140 +128,52 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
             "final_fraction": 0.02,
             "warmup_steps": 100,
             "weight_decay": 0.0,
-            "betas": (0.9, 0.99),
             "ema_decay": 0.995,
-            "mixed_precision": "bf16",
             "validate_every": 500,
         },
     ),
     "clip": (
         _clip,
-        {
+        _COMMON
+        | {
             "batch_size": 128,
-            "optimizer": "muon",
             "matrix_learning_rate": 0.01,
             "total_steps": 270,
             "learning_rate": 1e-3,
             "schedule": "cosine",
             "final_fraction": 0.02,
-            "warmup_steps": 50,
             "weight_decay": 0.02,
             "betas": (0.9, 0.98),
             "ema_decay": 0.99,
-            "mixed_precision": "bf16",
             "validate_every": 100,
         },
     ),
-    "attribute_reader": (
-        _attribute_reader,
-        {
-            "batch_size": 32,
-            "optimizer": "muon",
-            "matrix_learning_rate": 0.01,
-            "total_steps": 1500,
-            "learning_rate": 1e-3,
-            "schedule": "cosine",
-            "final_fraction": 0.02,
-            "warmup_steps": 100,
-            "weight_decay": 0.02,
-            "ema_decay": 0.995,
-            "mixed_precision": "bf16",
-            "validate_every": 400,
-        },
-    ),
-    "keypoint_reader": (
-        _keypoint_reader,
-        {
-            "batch_size": 32,
-            "optimizer": "muon",
-            "matrix_learning_rate": 0.01,
-            "total_steps": 1500,
-            "learning_rate": 1e-3,
-            "schedule": "cosine",
-            "final_fraction": 0.02,
-            "warmup_steps": 100,
-            "weight_decay": 0.02,
-            "ema_decay": 0.995,
-            "mixed_precision": "bf16",
-            "validate_every": 400,
-        },
-    ),
+    "attribute_reader": (_attribute_reader, _READER),
+    "keypoint_reader": (_keypoint_reader, _READER),
     "unet": (
         _unet,
-        {
-            "batch_size": 32,
+        _COMMON
+        | {
             "total_samples": 1_000_000,
-            "optimizer": "muon",
             "matrix_learning_rate": 0.01,
             "learning_rate": 8e-4,
-            "schedule": "constant",
             "warmup_steps": 100,
-            "weight_decay": 0.01,
-            "betas": (0.9, 0.99),
             "ema_decay": 0.998,
-            "mixed_precision": "bf16",
             "export_with_checkpoint": True,
         },
     ),
     "appearance": (
         _appearance,
-        {
-            "batch_size": 32,
-            "total_samples": 300_000,
-            "learning_rate": 3e-4,
-            "schedule": "constant",
-            "warmup_steps": 200,
-            "weight_decay": 0.01,
-            "betas": (0.9, 0.99),
-            "ema_decay": 0.999,
-            "mixed_precision": "bf16",
-            "validate_every": 500,
-        },
+        _CONTROL | {"total_samples": 300_000, "matrix_learning_rate": 0.004, "learning_rate": 4e-4},
     ),
-    "pose": (
-        _pose,
-        {
-            "batch_size": 32,
-            "total_samples": 200_000,
-            "learning_rate": 5e-4,
-            "schedule": "constant",
-            "warmup_steps": 200,
-            "weight_decay": 0.01,
-            "betas": (0.9, 0.99),
-            "ema_decay": 0.999,
-            "mixed_precision": "bf16",
-            "validate_every": 500,
-        },
-    ),
+    "pose": (_pose, _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4}),
     "retarget": (
         _retarget,
-        {
-            "batch_size": 32,
-            "total_samples": 200_000,
-            "learning_rate": 2e-4,
-            "schedule": "cosine",
-            "warmup_steps": 100,
-            "weight_decay": 0.01,
-            "betas": (0.9, 0.99),
-            "ema_decay": 0.999,
-            "mixed_precision": "bf16",
-            "validate_every": 500,
-        },
+        _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.004, "learning_rate": 4e-4},
     ),
     "ip_adapter": (
         _ip_adapter,
-        {
-            "batch_size": 32,
-            "total_samples": 200_000,
-            "learning_rate": 5e-4,
-            "schedule": "constant",
-            "warmup_steps": 200,
-            "weight_decay": 0.01,
-            "betas": (0.9, 0.99),
-            "ema_decay": 0.999,
-            "mixed_precision": "bf16",
-            "validate_every": 500,
-        },
+        _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
     ),
 }
 
@@ -265,6 +207,7 @@ def main() -> None:
         prefetch=True,
         **values,
     )
+    keep_freed_memory()
     train(make(), settings)
 
 

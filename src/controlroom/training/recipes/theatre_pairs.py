@@ -93,9 +93,8 @@ class Pairs:
     @torch.no_grad()
     def encode(self, scenes: Sequence[Scene]) -> Tensor:
         """Scaled latents (posterior means) of scenes."""
-        with torch.autocast("cpu", torch.bfloat16):
-            mean = self.vae.encode(to_pixels([render(scene) for scene in scenes])).latent_dist.mean
-        return mean.float() * self.vae.config.scaling_factor
+        mean = self.vae.encode(to_pixels([render(scene) for scene in scenes])).latent_dist.mean
+        return mean * self.vae.config.scaling_factor
 
     def _encode_slots(self, slots: Sequence[int]) -> Tensor:
         """Slot 2i is the source of pair i, slot 2i + 1 its target."""

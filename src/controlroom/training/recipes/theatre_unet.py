@@ -88,16 +88,14 @@ def latents_of_scenes(vae: Any, folder: Path, count: int) -> LatentCache:
     @torch.no_grad()
     def encode(indices: Sequence[int]) -> Tensor:
         pixels = to_pixels([render(sample_scene(index)) for index in indices])
-        with torch.autocast("cpu", torch.bfloat16):
-            mean = vae.encode(pixels).latent_dist.mean
-        return mean.float() * vae.config.scaling_factor
+        return vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
 
     def report(done: int, total: int) -> None:
-        if done % 6400 < 64:
+        if done % 6400 < 16:
             print(f"latents: {done} of {total}", flush=True)
 
     cache = LatentCache(folder, cache_key({"vae": vae}, WORLD_VERSION, "scenes"), count, (4, 16, 16))
-    return cache.build(encode, report=report)
+    return cache.build(encode, chunk=16, report=report)
 
 
 @dataclass(frozen=True)
