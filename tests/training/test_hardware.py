@@ -28,7 +28,7 @@ from controlroom.training.hardware import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(2): torch.ones(16_000_000)
+for _ in range(30): torch.ones(16_000_000)
 before = faults()
 for _ in range(5): torch.ones(16_000_000)
 print(faults() - before)
