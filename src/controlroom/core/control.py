@@ -188,6 +188,7 @@ class Declaration:
         views: how the picture's canvas is seen through windows. One control of a run at most.
         strength: share of the schedule that is run, as in image to image; None: all. One control of a run at most.
         channels: number of input channels it supplies beside the latents (``run.set_channels``).
+        checkpoint: which checkpoint reads these channels, for the error when the loaded one does not.
         repeats: its ``finish`` may ask for the step to be run again, from the latents it leaves.
         notes: what it chose by itself, in sentences for the user; `explain` and the manifest show them.
     """
@@ -202,6 +203,7 @@ class Declaration:
     views: Views | None = None
     strength: float | None = None
     channels: int = 0
+    checkpoint: str = ""
     repeats: bool = False
     notes: tuple[str, ...] = ()
 

@@ -198,11 +198,16 @@ def _check_branches(plan: Plan) -> None:
 
 def _check_channels(plan: Plan, in_channels: int) -> None:
     have = plan.outline.latent[0] + plan.channels
-    if have != in_channels:
+    if have == in_channels:
+        return
+    named = [e for e in plan.controls if e.declaration.channels and e.declaration.checkpoint]
+    if named:
+        hint = " ".join(f"{e.label} needs {e.declaration.checkpoint}." for e in named)
+    elif have < in_channels:
         hint = (
             "It is a checkpoint for inpainting, editing or depth: add the control it belongs to (Inpaint, "
             "InstructPix2Pix, DepthToImage)."
-            if have < in_channels
-            else "Load the checkpoint that this control belongs to."
         )
-        raise ModelError(f"The network reads {in_channels} channels, the run supplies {have}. {hint}")
+    else:
+        hint = "Load the checkpoint that this control belongs to."
+    raise ModelError(f"The network reads {in_channels} channels, the run supplies {have}. {hint}")
