@@ -45,6 +45,8 @@ class Step:
         eps: branch -> raw prediction of the network, in the parameterisation it was trained in (noise or v). Filled by
             the main pass.
         combined: state -> combined prediction, while ``guide`` runs and after.
+        offsets: branch -> [images, C, h, w] added to the latents that this branch sees, in this step only, in the units
+            of the solver. A control that moves one branch apart from the others of its state sets it.
         present: branches of the pass under way (outside a pass: all that run at this step).
     """
 
@@ -66,6 +68,7 @@ class Step:
         self.eps: dict[str, torch.Tensor] = {}
         self.combined: dict[str, torch.Tensor] = {}
         self.additions: dict[str, torch.Tensor] = {}
+        self.offsets: dict[str, torch.Tensor] = {}
         self.present: tuple[str, ...] = self.running
 
     # Who is there.
@@ -109,6 +112,8 @@ class Step:
         """[rows, C, h, w] input of a branch: its latents seen through the views, scaled as the solver asks."""
         entry = self.run.plan.branches[branch]
         latents = self.latents[entry.state]
+        if branch in self.offsets:
+            latents = latents + self.offsets[branch]
         views = self.run.plan.views
         if views is not None and entry.state == IMAGE:
             latents = views.split(latents)
@@ -122,11 +127,11 @@ class Step:
     def inputs(self, branches: tuple[str, ...]) -> NetworkInput:
         """Joined input of branches of one size, for an auxiliary network. Sum up its cost with `count_side`."""
         layout = Layout((name, self.run.plan.rows_of(name)) for name in branches)
-        shared: dict[tuple[str, float | None], torch.Tensor] = {}
+        shared: dict[tuple[str, float | None, str | None], torch.Tensor] = {}
         samples = []
         for name in branches:
             branch = self.run.plan.branches[name]
-            key = (branch.state, branch.timestep)
+            key = (branch.state, branch.timestep, name if name in self.offsets else None)
             if key not in shared:
                 shared[key] = self.sample(name)
             samples.append(shared[key])

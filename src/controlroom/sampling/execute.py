@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,6 +101,26 @@ def run_spec(
         cancelled: asked before each step; True ends the run early with what there is.
         reasons: why the run cannot be replayed, if so.
     """
+    with opened_run(backbone, spec, generator) as (run, spec):
+        latents = initial_latents(run, spec.latents)
+        progress = denoise(run, latents, on_step(run) if on_step is not None else None, cancelled)
+    final = picture(progress)
+    manifest = manifest_of(run, spec, progress.cancelled, reasons)
+    texts = [png_text(manifest, run, spec, index) for index in range(run.images)]
+    images = final if spec.output_type == "latent" else to_images(backbone.decode(final), spec.output_type, texts)
+    others = {name: progress.latents[name] for name in run.schedulers if name != IMAGE}
+    return RunResult(images, final, manifest, spec, progress.cancelled, others, texts)
+
+
+@contextmanager
+def opened_run(backbone: Backbone, spec: RunSpec, generator: Generators | None = None) -> Iterator[tuple[Run, RunSpec]]:
+    """A run planned, attached and encoded, ready for `predict` and `denoise`; the network is put back at the end.
+
+    Sampling, inversion and whatever else walks through the steps open their runs here.
+
+    Yields:
+        The run, and its specification with the seed that is used.
+    """
     prepared = plan_run(backbone, spec)
     spec, streams = _streams(spec, generator, len(prepared.prompts))
     plan = prepared.plan
@@ -137,14 +157,7 @@ def run_spec(
         )
         run.forward = Forward(run, dispatcher)
         stack.enter_context(dispatcher.installed())
-        latents = initial_latents(run, spec.latents)
-        progress = denoise(run, latents, on_step(run) if on_step is not None else None, cancelled)
-    final = picture(progress)
-    manifest = manifest_of(run, spec, progress.cancelled, reasons)
-    texts = [png_text(manifest, run, spec, index) for index in range(run.images)]
-    images = final if spec.output_type == "latent" else to_images(backbone.decode(final), spec.output_type, texts)
-    others = {name: progress.latents[name] for name in solved if name != IMAGE}
-    return RunResult(images, final, manifest, spec, progress.cancelled, others, texts)
+        yield run, spec
 
 
 def set_text_conditions(run: Run, spec: RunSpec) -> None:

@@ -163,9 +163,14 @@ def predict(step: Step) -> dict[str, torch.Tensor]:
 
     Fills ``step.eps`` (raw, by branch) and ``step.combined`` (by state, before the merge of views).
     """
+    assert step.run.forward is not None
+    step.eps = step.run.forward(step, step.running, "main")
+    return combine(step)
+
+
+def combine(step: Step) -> dict[str, torch.Tensor]:
+    """Combine the raw predictions ``step.eps`` of a main pass: state -> prediction for its solver."""
     run = step.run
-    assert run.forward is not None
-    step.eps = run.forward(step, step.running, "main")
     found: dict[str, torch.Tensor] = {}
     for state in solved_states(run.plan, step.i):
         combined = _combine(step, state)
@@ -180,9 +185,10 @@ def predict(step: Step) -> dict[str, torch.Tensor]:
             if run.plan.views is not None and state == IMAGE:
                 added = run.plan.views.split(added)
             step.combined[state] = step.combined[state] + added
-        text = step.role(state, "cond")
-        if run.guidance.rescale > 0 and step.role(state, "uncond") is not None and text is not None:
-            step.combined[state] = rescaled(step.combined[state], step.eps[text], run.guidance.rescale)
+        text, guided = step.role(state, "cond"), step.role(state, "uncond") is not None
+        rescale = run.plan.rescale(step.i) or run.guidance.rescale
+        if rescale > 0 and guided and text is not None and step.i not in run.plan.unguided:
+            step.combined[state] = rescaled(step.combined[state], step.eps[text], rescale)
         merged = step.combined[state]
         if run.plan.views is not None and state == IMAGE:
             merged = run.plan.views.merge(merged)
@@ -197,7 +203,7 @@ def solved_states(plan: Plan, i: int) -> tuple[str, ...]:
 
 
 def _combine(step: Step, state: str) -> torch.Tensor:
-    for entry in step.run.plan.active(step.i):
+    for entry in step.run.plan.active(step.i) if step.i not in step.run.plan.unguided else ():
         if implements(entry.control, "combine"):
             result = entry.control.combine(step, state)
             if result is not None:
