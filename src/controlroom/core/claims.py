@@ -17,11 +17,25 @@ if TYPE_CHECKING:
     from controlroom.core.control import Control
 
 Operand = Literal[
-    "input", "q", "k", "v", "out", "feature", "skip", "base", "prediction", "latents", "channels", "views", "schedule"
+    "input",
+    "q",
+    "k",
+    "v",
+    "out",
+    "feature",
+    "skip",
+    "base",
+    "guidance",
+    "prediction",
+    "rescale",
+    "latents",
+    "channels",
+    "views",
+    "schedule",
 ]
 """What is written: attention input, queries, keys, values, output; a feature map; skip connections; the base
-combination of predictions; the prediction itself; the latents; the UNet's input channels; the views of the canvas; the
-share of the schedule that is run."""
+combination of predictions; whether there is guidance; the prediction itself; how far it is rescaled; the latents; the
+UNet's input channels; the views of the canvas; the share of the schedule that is run."""
 
 Operation = Literal[
     "edit", "affine", "route", "extend", "mix", "stream", "replace", "identity", "add", "own", "descend", "blend", "set"

@@ -191,6 +191,11 @@ class Declaration:
         checkpoint: which checkpoint reads these channels, for the error when the loaded one does not.
         repeats: its ``finish`` may ask for the step to be run again, from the latents it leaves.
         notes: what it chose by itself, in sentences for the user; `explain` and the manifest show them.
+        unguided: steps without guidance: the prediction with the prompt is the base combination, whoever else would
+            make it, and branches of role ``uncond`` (and references only they read) do not run.
+        keeps: branches that its ``guide`` reads, and that run at its steps also without guidance.
+        rescale: how far guidance is rescaled at its steps (arXiv 2305.08891), 0 to 1; 0: not.
+        probes: branches of one further pass that its ``guide`` asks for at each of its steps. Only counted.
     """
 
     branches: tuple[Branch, ...] = ()
@@ -206,12 +211,15 @@ class Declaration:
     checkpoint: str = ""
     repeats: bool = False
     notes: tuple[str, ...] = ()
+    unguided: frozenset[int] = frozenset()
+    keeps: tuple[str, ...] = ()
+    rescale: float = 0.0
+    probes: tuple[str, ...] = ()
 
 
-class Control(BaseModel, metaclass=Positional):
-    """Base of every control: override the hooks you need, leave the others.
+class Settings(BaseModel, metaclass=Positional):
+    """Frozen settings: of a control, or of a part of one (an edit, a region).
 
-    Fields ``scale``, ``start``, ``end`` and ``mask`` have their common meaning wherever a control declares them.
     Positional arguments follow the order of the fields (without ``type``).
 
     Raises:
@@ -221,9 +229,6 @@ class Control(BaseModel, metaclass=Positional):
     model_config = ConfigDict(
         frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False
     )
-
-    type: str = Field(kw_only=True)
-    """Name in the catalogue; each control narrows it: ``type: Literal["x"] = Field(default="x", kw_only=True)``."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         names = [name for name in type(self).model_fields if name != "type"]
@@ -237,6 +242,19 @@ class Control(BaseModel, metaclass=Positional):
             super().__init__(**settings)
         except ValidationError as error:
             raise InputError(describe(type(self).__name__, error)) from error
+
+
+class Control(Settings):
+    """Base of every control: override the hooks you need, leave the others.
+
+    Fields ``scale``, ``start``, ``end`` and ``mask`` have their common meaning wherever a control declares them.
+
+    Raises:
+        InputError: an unknown or ill-typed setting.
+    """
+
+    type: str = Field(kw_only=True)
+    """Name in the catalogue; each control narrows it: ``type: Literal["x"] = Field(default="x", kw_only=True)``."""
 
     @field_validator("*", mode="before")
     @classmethod

@@ -92,9 +92,31 @@ class Plan:
         """Label of the control that declared a branch; None for those of every run."""
         return self.controls[self.owners[branch]].label if branch in self.owners else None
 
+    @cached_property
+    def unguided(self) -> frozenset[int]:
+        """Steps at which the prediction with the prompt is not guided."""
+        return frozenset().union(*(entry.declaration.unguided for entry in self.controls))
+
+    def rescale(self, i: int) -> float:
+        """How far a control asks to rescale guidance at step i; 0: none does, or there is no guidance."""
+        asked = [entry.declaration.rescale for entry in self.active(i)]
+        return max(asked, default=0.0) if i not in self.unguided else 0.0
+
     def running(self, i: int) -> tuple[str, ...]:
         """Branches that run at step i, in the order of their rows."""
-        return tuple(name for name in self.branches if self._runs(name, i))
+        names = tuple(name for name in self.branches if self._runs(name, i))
+        if i not in self.unguided:
+            return names
+        # Nobody asks for predictions without the prompt, except who says so, nor for references only they read.
+        kept = [name for entry in self.active(i) for name in entry.declaration.keeps if name in names]
+        wanted = set(self.closure(tuple(name for name in names if name in kept or not self._guides(name))))
+        return tuple(name for name in names if name in wanted or wanted & set(self.branches[name].read_by))
+
+    def _guides(self, name: str) -> bool:
+        """Whether a branch serves nothing but guidance: it is without the prompt, or only such branches read it."""
+        branch = self.branches[name]
+        readers = [self.branches[reader].role for reader in branch.read_by if reader in self.branches]
+        return branch.role == "uncond" or (branch.role == "extra" and bool(readers) and set(readers) == {"uncond"})
 
     def _runs(self, name: str, i: int) -> bool:
         branch = self.branches[name]

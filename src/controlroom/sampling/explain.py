@@ -13,7 +13,8 @@ class Explanation:
     """A plan as data and, with ``str``, as text.
 
     Attributes:
-        rows: rows of the UNet's main passes at each step; passes: their number at each step.
+        rows: rows of the UNet's passes at each step, the main ones and those that additions ask for; passes: their
+            number at each step.
         energy_passes: passes with a gradient at each step, at least (controls may ask for more); energy_rows: theirs.
         branches: name, state, rows, steps.
         reach: control -> branches that it acts on.
@@ -56,7 +57,9 @@ def explain_plan(plan: Plan) -> Explanation:
     """Read a plan."""
     rows, passes, energies, energy_rows = [], [], [], []
     for i in range(plan.n):
-        layouts = plan.layouts(plan.running(i))
+        layouts = [*plan.layouts(plan.running(i))]
+        for entry in plan.active(i):
+            layouts += plan.layouts(plan.closure(entry.declaration.probes))
         rows.append(sum(layout.total for layout in layouts))
         passes.append(len(layouts))
         needs = [e.declaration.energy for e in plan.active(i) if e.declaration.energy is not None]

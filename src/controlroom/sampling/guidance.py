@@ -12,11 +12,11 @@ from controlroom.core.step import Step
 
 
 def classifier_free(step: Step, state: str) -> torch.Tensor:
-    """uncond + scale · (cond − uncond), or cond alone where the state has no branch without the prompt."""
+    """uncond + scale · (cond − uncond), or cond alone at a step without guidance and for a state without ``uncond``."""
     cond, uncond = step.role(state, "cond"), step.role(state, "uncond")
     if cond is None:
         raise RuntimeError(f"state {state!r} is advanced by the solver but has no branch of role 'cond'")
-    if uncond is None:
+    if uncond is None or step.i in step.run.plan.unguided:
         return step.eps[cond]
     base = step.eps[uncond]
     return base + step.run.guidance.scale * (step.eps[cond] - base)
