@@ -24,6 +24,7 @@ Operand = Literal[
     "out",
     "feature",
     "skip",
+    "condition",
     "base",
     "guidance",
     "prediction",
@@ -33,9 +34,9 @@ Operand = Literal[
     "views",
     "schedule",
 ]
-"""What is written: attention input, queries, keys, values, output; a feature map; skip connections; the base
-combination of predictions; whether there is guidance; the prediction itself; how far it is rescaled; the latents; the
-UNet's input channels; the views of the canvas; the share of the schedule that is run."""
+"""What is written: attention input, queries, keys, values, output; a feature map; skip connections; what a
+branch is told; the base combination of predictions; whether there is guidance; the prediction itself; how far it is
+rescaled; the latents; the UNet's input channels; the views of the canvas; the share of the schedule that is run."""
 
 Operation = Literal[
     "edit", "affine", "route", "extend", "mix", "stream", "replace", "identity", "add", "own", "descend", "blend", "set"
@@ -143,7 +144,7 @@ def _conflict(first: Claimant, a: Claim, second: Claimant, b: Claim, steps: Iter
     steps = sorted(steps)
     where = f" at {len(a.sites & b.sites)} shared layers" if a.sites and b.sites else ""
     remedies = ["remove one of them"]
-    if a.operand not in ("base", "channels", "views"):
+    if a.operand not in ("condition", "base", "channels", "views"):
         remedies.insert(0, "give them windows that do not meet (start, end)")
     if a.sites or b.sites:
         remedies.insert(0, "give them different layers")
