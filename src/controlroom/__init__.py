@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from controlroom.catalog import control_class as control_class
+    from controlroom.controls.editing.masactrl import MasaCtrl as MasaCtrl
     from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt as PromptToPrompt
     from controlroom.controls.guidance.attend_and_excite import AttendAndExcite as AttendAndExcite
     from controlroom.controls.personal.ip_adapter import IPAdapter as IPAdapter
@@ -56,6 +57,7 @@ _EXPORTS: dict[str, str] = {
     "AttendAndExcite": "controlroom.controls.guidance.attend_and_excite",
     "ControlNet": "controlroom.controls.spatial.controlnet",
     "IPAdapter": "controlroom.controls.personal.ip_adapter",
+    "MasaCtrl": "controlroom.controls.editing.masactrl",
     "PromptToPrompt": "controlroom.controls.editing.prompt_to_prompt",
     "ReferenceOnly": "controlroom.controls.style.reference_only",
     # tasks

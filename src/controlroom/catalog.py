@@ -220,9 +220,11 @@ SYSTEMS: tuple[System, ...] = (
         ),
         does="Mutual self-attention: the edit's queries read the source's keys and values, with masks.",
         code=("controlroom.controls.editing.masactrl:MasaCtrl",),
-        backbones=SD1_SDXL,
+        backbones=SD,
+        status="working",
         neutral="start_step=num_inference_steps",
-        proof="transcription of the published attention edit in the test",
+        proof="transcription of the published attention edit, with and without masks, that materialises probabilities, "
+        "in the test",
     ),
     System(
         number=10,
@@ -833,6 +835,7 @@ CONTROL_TYPES: dict[str, str] = {
     "attend_and_excite": "controlroom.controls.guidance.attend_and_excite:AttendAndExcite",
     "controlnet": "controlroom.controls.spatial.controlnet:ControlNet",
     "ip_adapter": "controlroom.controls.personal.ip_adapter:IPAdapter",
+    "masactrl": "controlroom.controls.editing.masactrl:MasaCtrl",
     "prompt_to_prompt": "controlroom.controls.editing.prompt_to_prompt:PromptToPrompt",
     "reference_only": "controlroom.controls.style.reference_only:ReferenceOnly",
 }

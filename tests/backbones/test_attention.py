@@ -178,6 +178,31 @@ def test_bias_on_own_keys_adds_up() -> None:
     case.check(expected, ("c",))
 
 
+def test_biases_stay_as_small_as_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every head and query of a wide layer they would take gigabytes."""
+    case, sizes = Case("self"), []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args: Any, attn_mask: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
+        sizes.append(None if attn_mask is None else tuple(attn_mask.shape))
+        return plain(*args, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    keys, each = normal(2, 1, 1, TOKENS, seed=3) * 3, normal(1, 1, TOKENS, TOKENS, seed=4) * 3
+    case.call.bias("c", keys)
+    case.call.bias("ref", each)
+    expected = case.plain()
+    expected[C] = case.p(case.q[C], case.k[C], keys) @ case.v[C]
+    expected[R] = case.p(case.q[R], case.k[R], each) @ case.v[R]
+    case.check(expected, ("c", "ref"))
+    assert set(sizes) == {None, (3, 1, TOKENS, TOKENS)}
+    case, sizes[:] = Case("self"), []
+    case.call.bias("c", keys)
+    expected[R] = case.plain()[R]
+    case.check(expected, ("c",))
+    assert set(sizes) == {None, (2, 1, 1, TOKENS)}
+
+
 def test_mix_values_edits_probabilities() -> None:
     """Prompt-to-Prompt: replaced probabilities P_src M, blended by word, as a write to materialised maps."""
     case = Case("cross")

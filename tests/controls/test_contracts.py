@@ -51,6 +51,7 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "image": picture(2),
         "image_encoder": str(folder / "image_encoder"),
     },
+    "masactrl": lambda folder: {"source": "a green dog", "start_step": 0, "start_layer": 2},
     "prompt_to_prompt": lambda folder: {"source": "a green dog", "cross_replace": 0.5, "self_replace": 0.5},
     "reference_only": lambda folder: {"image": picture(3), "reference_adain": True},
 }
@@ -61,6 +62,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "attend_and_excite": {"step_size": 0.0},
     "controlnet": {"scale": 0.0},
     "ip_adapter": {"scale": 0.0},
+    "masactrl": {"start_step": 2},
     "prompt_to_prompt": {"cross_replace": 0.0, "self_replace": 0.0},
     "reference_only": {"scale": 0.0},
 }
@@ -70,6 +72,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "attend_and_excite": ("indices", "words", "iterations", "thresholds", "step_size"),
     "controlnet": ("model", "image", "scale", "start", "end", "mask", "guess_mode"),
     "ip_adapter": ("model", "image", "embeds", "scale", "mask"),
+    "masactrl": ("source", "start_step", "start_layer"),
     "prompt_to_prompt": ("source", "cross_replace", "self_replace", "reweight", "local_blend"),
     "reference_only": ("image", "style_fidelity"),
 }

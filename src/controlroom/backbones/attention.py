@@ -316,8 +316,11 @@ class _Attend:
             q, k, v = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
             bias = None
             if not free:
-                shape = (self.heads, q.shape[2], k.shape[2])
-                bias = torch.cat([_four(p[3]).expand(p[0].shape[0], *shape) for p in parts if p[3] is not None])
+                # As small as it was given: heads times queries times keys of a wide layer are gigabytes.
+                biases = [_four(p[3]) for p in parts if p[3] is not None]
+                shape = (*torch.broadcast_shapes(*(b.shape[1:3] for b in biases)), k.shape[2])
+                sized = zip(biases, parts, strict=True)
+                bias = torch.cat([b.expand(part[0].shape[0], *shape) for b, part in sized])
             joined = self.sdpa(q, k, v, bias)
             outs.update(zip(names, joined.split([part[0].shape[0] for part in parts]), strict=True))
         return torch.cat([outs[name] for name in self.layout.names])
