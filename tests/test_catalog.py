@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 
 from controlroom import catalog
-from controlroom.catalog import CONTROL_TYPES, SYSTEMS, System, control_class, load, system
+from controlroom.catalog import CONTROL_TYPES, FURTHER, SYSTEMS, System, control_class, load, system
 from controlroom.core.errors import InputError
 
 SOURCE = Path(catalog.__file__).parent
+ALL = (*SYSTEMS, *FURTHER)
 ARXIV = re.compile(r"\d{4}\.\d{5}|\d{4}\.\d{4}")
 
 
 def test_all_fifty_three_in_order_with_names_of_their_own() -> None:
     assert [entry.number for entry in SYSTEMS] == list(range(1, 54))
-    assert len({entry.key for entry in SYSTEMS}) == 53
-    assert len({entry.name for entry in SYSTEMS}) == 53
+    assert [entry.number for entry in FURTHER] == list(range(54, 54 + len(FURTHER)))
+    assert len({entry.key for entry in ALL}) == len({entry.name for entry in ALL}) == len(ALL)
 
 
-@pytest.mark.parametrize("entry", SYSTEMS, ids=lambda entry: entry.key)
+@pytest.mark.parametrize("entry", ALL, ids=lambda entry: entry.key)
 def test_entry_is_well_formed(entry: System) -> None:
     assert re.fullmatch(r"[a-z][a-z0-9_]*", entry.key)
     assert entry.does.endswith(".")
@@ -34,18 +35,18 @@ def test_entry_is_well_formed(entry: System) -> None:
         assert paper.arxiv is None or ARXIV.fullmatch(paper.arxiv)
 
 
-@pytest.mark.parametrize("entry", [e for e in SYSTEMS if e.status == "working"], ids=lambda entry: entry.key)
+@pytest.mark.parametrize("entry", [e for e in ALL if e.status == "working"], ids=lambda entry: entry.key)
 def test_what_works_can_be_imported(entry: System) -> None:
     for path in (*entry.code, *([entry.recipe] if entry.recipe else [])):
         assert load(path) is not None
 
 
 def test_what_is_planned_has_no_effect_yet() -> None:
-    assert not [entry.key for entry in SYSTEMS if entry.status == "planned" and (entry.effect or entry.combines)]
+    assert not [entry.key for entry in ALL if entry.status == "planned" and (entry.effect or entry.combines)]
 
 
 def test_one_paper_has_one_title() -> None:
-    titles = {(paper.arxiv, paper.title) for entry in SYSTEMS for paper in entry.papers if paper.arxiv}
+    titles = {(paper.arxiv, paper.title) for entry in ALL for paper in entry.papers if paper.arxiv}
     assert len({arxiv for arxiv, _ in titles}) == len(titles)
 
 
@@ -114,3 +115,7 @@ def test_reading_the_catalogue_imports_no_room_but_core() -> None:
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
     assert {name for name in imported if name and name.startswith("controlroom")} == {"controlroom.core.errors"}
+
+
+def test_every_control_type_belongs_to_an_entry() -> None:
+    assert set(CONTROL_TYPES.values()) <= {path for entry in ALL for path in entry.code}

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from controlroom.controls.editing.masactrl import MasaCtrl as MasaCtrl
     from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt as PromptToPrompt
     from controlroom.controls.guidance.attend_and_excite import AttendAndExcite as AttendAndExcite
+    from controlroom.controls.guidance.guidance_interval import GuidanceInterval as GuidanceInterval
+    from controlroom.controls.guidance.guidance_rescale import GuidanceRescale as GuidanceRescale
+    from controlroom.controls.guidance.perp_neg import PerpNeg as PerpNeg
+    from controlroom.controls.guidance.perturbed_attention_guidance import (
+        PerturbedAttentionGuidance as PerturbedAttentionGuidance,
+    )
+    from controlroom.controls.guidance.self_attention_guidance import SelfAttentionGuidance as SelfAttentionGuidance
+    from controlroom.controls.guidance.semantic_guidance import SemanticEdit as SemanticEdit
+    from controlroom.controls.guidance.semantic_guidance import SemanticGuidance as SemanticGuidance
+    from controlroom.controls.guidance.smoothed_energy_guidance import SmoothedEnergyGuidance as SmoothedEnergyGuidance
     from controlroom.controls.personal.ip_adapter import IPAdapter as IPAdapter
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
@@ -56,10 +66,18 @@ _EXPORTS: dict[str, str] = {
     "AppearanceControl": "controlroom.controls.pose.appearance",
     "AttendAndExcite": "controlroom.controls.guidance.attend_and_excite",
     "ControlNet": "controlroom.controls.spatial.controlnet",
+    "GuidanceInterval": "controlroom.controls.guidance.guidance_interval",
+    "GuidanceRescale": "controlroom.controls.guidance.guidance_rescale",
     "IPAdapter": "controlroom.controls.personal.ip_adapter",
+    "PerpNeg": "controlroom.controls.guidance.perp_neg",
+    "PerturbedAttentionGuidance": "controlroom.controls.guidance.perturbed_attention_guidance",
     "MasaCtrl": "controlroom.controls.editing.masactrl",
     "PromptToPrompt": "controlroom.controls.editing.prompt_to_prompt",
     "ReferenceOnly": "controlroom.controls.style.reference_only",
+    "SelfAttentionGuidance": "controlroom.controls.guidance.self_attention_guidance",
+    "SemanticEdit": "controlroom.controls.guidance.semantic_guidance",
+    "SemanticGuidance": "controlroom.controls.guidance.semantic_guidance",
+    "SmoothedEnergyGuidance": "controlroom.controls.guidance.smoothed_energy_guidance",
     # tasks
     "RetargetOptions": "controlroom.tasks.retarget",
     "retarget": "controlroom.tasks.retarget",

@@ -492,6 +492,7 @@ SYSTEMS: tuple[System, ...] = (
         does="Adds or removes several concepts by degree.",
         code=("controlroom.controls.guidance.semantic_guidance:SemanticGuidance",),
         backbones=SD,
+        status="working",
         neutral="edits=[]",
         proof="parity with diffusers' SemanticStableDiffusionPipeline",
     ),
@@ -503,6 +504,7 @@ SYSTEMS: tuple[System, ...] = (
         does="Guidance away from a prediction that is blurred where the network looks.",
         code=("controlroom.controls.guidance.self_attention_guidance:SelfAttentionGuidance",),
         backbones=SD,
+        status="working",
         neutral=SCALE_0,
         proof="parity with diffusers' StableDiffusionSAGPipeline",
     ),
@@ -829,15 +831,105 @@ SYSTEMS: tuple[System, ...] = (
     ),
 )
 
+FURTHER: tuple[System, ...] = (
+    System(
+        number=54,
+        key="perturbed_attention_guidance",
+        name="Perturbed-attention guidance",
+        papers=(Paper("Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance", "2403.17377"),),
+        does="Guidance away from a prediction whose self-attention sees only itself.",
+        code=("controlroom.controls.guidance.perturbed_attention_guidance:PerturbedAttentionGuidance",),
+        backbones=SD,
+        status="working",
+        neutral=SCALE_0,
+        proof="parity with diffusers' StableDiffusionPAGPipeline and StableDiffusionXLPAGPipeline",
+    ),
+    System(
+        number=55,
+        key="smoothed_energy_guidance",
+        name="Smoothed energy guidance",
+        papers=(
+            Paper(
+                "Smoothed Energy Guidance: Guiding Diffusion Models with Reduced Energy Curvature of Attention",
+                "2408.00760",
+            ),
+        ),
+        does="Guidance away from a prediction whose self-attention has blurred queries.",
+        code=("controlroom.controls.guidance.smoothed_energy_guidance:SmoothedEnergyGuidance",),
+        backbones=SD,
+        status="working",
+        neutral=SCALE_0,
+        proof="transcription of the published equations in the test, on tiny random weights",
+    ),
+    System(
+        number=56,
+        key="perp_neg",
+        name="Perp-Neg",
+        papers=(
+            Paper(
+                "Re-imagine the Negative Prompt Algorithm: Transform 2D Diffusion into 3D, alleviate Janus problem and "
+                "Beyond",
+                "2304.04968",
+            ),
+        ),
+        does="Negative prompts that take nothing from the prompt: only their perpendicular part is subtracted.",
+        code=("controlroom.controls.guidance.perp_neg:PerpNeg",),
+        backbones=SD,
+        status="working",
+        neutral=SCALE_0,
+        proof="transcription of the published equations in the test, on tiny random weights",
+    ),
+    System(
+        number=57,
+        key="guidance_rescale",
+        name="Rescaled guidance",
+        papers=(Paper("Common Diffusion Noise Schedules and Sample Steps are Flawed", "2305.08891"),),
+        does="Brings the deviation of the guided prediction back towards that of the prediction with the prompt.",
+        code=("controlroom.controls.guidance.guidance_rescale:GuidanceRescale",),
+        backbones=SD,
+        status="working",
+        neutral=SCALE_0,
+        proof="parity with guidance_rescale of diffusers' pipelines",
+    ),
+    System(
+        number=58,
+        key="guidance_interval",
+        name="Guidance interval",
+        papers=(
+            Paper(
+                "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models",
+                "2404.07724",
+            ),
+        ),
+        does="Classifier-free guidance only in an interval of the steps; outside it the rows without the prompt are "
+        "not run.",
+        code=("controlroom.controls.guidance.guidance_interval:GuidanceInterval",),
+        backbones=SD,
+        status="working",
+        neutral="guidance_start=0, guidance_end=1",
+        proof="a loop of diffusers' parts by hand, on tiny random weights",
+    ),
+)
+"""Controls beside the project's systems, listed with them where controls are listed."""
+
 # The `type` of a control in a run file -> its class. One line for each control that can be named there.
 CONTROL_TYPES: dict[str, str] = {
     "appearance_control": "controlroom.controls.pose.appearance:AppearanceControl",
     "attend_and_excite": "controlroom.controls.guidance.attend_and_excite:AttendAndExcite",
     "controlnet": "controlroom.controls.spatial.controlnet:ControlNet",
+    "guidance_interval": "controlroom.controls.guidance.guidance_interval:GuidanceInterval",
+    "guidance_rescale": "controlroom.controls.guidance.guidance_rescale:GuidanceRescale",
     "ip_adapter": "controlroom.controls.personal.ip_adapter:IPAdapter",
+    "perp_neg": "controlroom.controls.guidance.perp_neg:PerpNeg",
+    "perturbed_attention_guidance": (
+        "controlroom.controls.guidance.perturbed_attention_guidance:PerturbedAttentionGuidance"
+    ),
     "masactrl": "controlroom.controls.editing.masactrl:MasaCtrl",
     "prompt_to_prompt": "controlroom.controls.editing.prompt_to_prompt:PromptToPrompt",
     "reference_only": "controlroom.controls.style.reference_only:ReferenceOnly",
+    "self_attention_guidance": "controlroom.controls.guidance.self_attention_guidance:SelfAttentionGuidance",
+    "semantic_guidance": "controlroom.controls.guidance.semantic_guidance:SemanticGuidance",
+    "smoothed_energy_guidance": "controlroom.controls.guidance.smoothed_energy_guidance:SmoothedEnergyGuidance",
 }
 
 
@@ -878,7 +970,7 @@ def system(key: str) -> System:
     >>> system("ddpm").papers[0].url
     'https://arxiv.org/abs/2006.11239'
     """
-    by_key = {entry.key: entry for entry in SYSTEMS}
+    by_key = {entry.key: entry for entry in (*SYSTEMS, *FURTHER)}
     if key not in by_key:
         raise InputError(f"Unknown system {_shown(key)}. {_suggestion(key, by_key)}")
     return by_key[key]

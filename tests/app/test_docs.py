@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from controlroom.app.docs import main, systems_page
-from controlroom.catalog import SYSTEMS
+from controlroom.catalog import FURTHER, SYSTEMS
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def test_missing_folder_is_one_clear_line(tmp_path: Path, capsys: pytest.Capture
 
 def test_every_system_has_a_row_and_a_section_that_it_links_to() -> None:
     page = systems_page()
-    for system in SYSTEMS:
+    for system in (*SYSTEMS, *FURTHER):
         anchor = system.key.replace("_", "-")
         assert f"| {system.number} | [{system.name}](#{anchor}) |" in page
         assert page.count(f'<a id="{anchor}"></a>\n\n## {system.number}. {system.name}\n') == 1

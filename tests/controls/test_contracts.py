@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from controlroom.catalog import CONTROL_TYPES, SYSTEMS, control_class, load
+from controlroom.catalog import CONTROL_TYPES, FURTHER, SYSTEMS, control_class, load
 from controlroom.core.control import Control
 from controlroom.core.errors import ConflictError, InputError
 from controlroom.core.spec import RunSpec
@@ -46,14 +46,23 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "appearance_control": lambda folder: {"image": picture(0), "model": str(folder / "writer")},
     "attend_and_excite": lambda folder: {"words": ["cat"], "iterations": 1, "thresholds": {}, "step_size": 5.0},
     "controlnet": lambda folder: {"model": str(folder / "controlnet"), "image": picture(1)},
+    "guidance_interval": lambda folder: {"guidance_end": 0.5},
+    "guidance_rescale": lambda folder: {"scale": 0.7},
     "ip_adapter": lambda folder: {
         "model": str(folder / "ip_adapter.safetensors"),
         "image": picture(2),
         "image_encoder": str(folder / "image_encoder"),
     },
+    "perp_neg": lambda folder: {"negatives": ["a blue hat", "night"], "scale": [1.0, 0.5]},
+    "perturbed_attention_guidance": lambda folder: {"layers": ["mid", "up_blocks.0"]},
     "masactrl": lambda folder: {"source": "a green dog", "start_step": 0, "start_layer": 2},
     "prompt_to_prompt": lambda folder: {"source": "a green dog", "cross_replace": 0.5, "self_replace": 0.5},
     "reference_only": lambda folder: {"image": picture(3), "reference_adain": True},
+    "self_attention_guidance": lambda folder: {},
+    "semantic_guidance": lambda folder: {
+        "edits": [{"prompt": "a hat", "warmup": 0}, {"prompt": "a dog", "reverse": True, "warmup": 1}]
+    },
+    "smoothed_energy_guidance": lambda folder: {"layers": "up", "sigma": 2.0},
 }
 """Type of a control -> settings with which it acts, of what lies in a folder made by `files`."""
 
@@ -61,22 +70,39 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "appearance_control": {"scale": 0.0},
     "attend_and_excite": {"step_size": 0.0},
     "controlnet": {"scale": 0.0},
+    "guidance_interval": {"guidance_start": 0.0, "guidance_end": 1.0},
+    "guidance_rescale": {"scale": 0.0},
     "ip_adapter": {"scale": 0.0},
+    "perp_neg": {"scale": 0.0},
+    "perturbed_attention_guidance": {"scale": 0.0},
     "masactrl": {"start_step": 2},
     "prompt_to_prompt": {"cross_replace": 0.0, "self_replace": 0.0},
     "reference_only": {"scale": 0.0},
+    "self_attention_guidance": {"scale": 0.0},
+    "semantic_guidance": {"edits": []},
+    "smoothed_energy_guidance": {"scale": 0.0},
 }
 
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "appearance_control": ("image", "model", "scale"),
     "attend_and_excite": ("indices", "words", "iterations", "thresholds", "step_size"),
     "controlnet": ("model", "image", "scale", "start", "end", "mask", "guess_mode"),
+    "guidance_interval": ("guidance_start", "guidance_end"),
+    "guidance_rescale": ("scale", "start", "end"),
     "ip_adapter": ("model", "image", "embeds", "scale", "mask"),
+    "perp_neg": ("negatives", "scale", "start", "end"),
+    "perturbed_attention_guidance": ("scale", "layers"),
     "masactrl": ("source", "start_step", "start_layer"),
     "prompt_to_prompt": ("source", "cross_replace", "self_replace", "reweight", "local_blend"),
     "reference_only": ("image", "style_fidelity"),
+    "self_attention_guidance": ("scale",),
+    "semantic_guidance": ("edits", "momentum_scale", "momentum_beta"),
+    "smoothed_energy_guidance": ("scale", "layers"),
 }
 """Positional arguments that checks from outside rely on (DESIGN.md, section 9)."""
+
+OF_GUIDANCE = ("guidance_interval", "guidance_rescale", "perp_neg")
+"""Controls of classifier-free guidance itself: a run without it is an error that says so."""
 
 TYPES = sorted(SETTINGS)
 
@@ -117,7 +143,7 @@ def plain(stage: Stage) -> Any:
 
 
 def test_every_working_control_is_held_to_this() -> None:
-    working = {path for entry in SYSTEMS if entry.status == "working" for path in entry.code}
+    working = {path for entry in (*SYSTEMS, *FURTHER) if entry.status == "working" for path in entry.code}
     classes = {value for path in working if isinstance(value := load(path), type) and issubclass(value, Control)}
     assert classes == {control_class(name) for name in SETTINGS}
     assert set(CONTROL_TYPES) >= set(SETTINGS)
@@ -209,6 +235,10 @@ class TestRun:
         assert traces(stage.pipe) == before
 
     def test_runs_without_guidance(self, name: str, stage: Stage) -> None:
+        if name in OF_GUIDANCE:
+            with pytest.raises(InputError, match="guidance_scale is at most 1"):
+                stage.draw(stage.control(name), guidance_scale=1.0)
+            return
         alone = stage.draw(guidance_scale=1.0)
         result = stage.draw(stage.control(name), guidance_scale=1.0)
         assert torch.isfinite(result.images).all()

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from controlroom.catalog import SYSTEMS, Paper, System
+from controlroom.catalog import FURTHER, SYSTEMS, Paper, System
 from controlroom.core.errors import ControlRoomError, InputError
 from controlroom.core.files import write_text_atomically
 
@@ -33,17 +33,22 @@ def systems_page() -> str:
         "Every number in the column of effects was measured by this project, on its theatre, with the error of the "
         "readers beside it; a dash means not measured.",
         "",
-        "| # | system | state | paper | what it does | measured effect |",
-        "|--:|---|---|---|---|---|",
-        *(_row(system) for system in SYSTEMS),
+        *_table(SYSTEMS),
+        "Controls beside these:",
         "",
+        *_table(FURTHER),
     ]
-    for system in SYSTEMS:
+    for system in (*SYSTEMS, *FURTHER):
         lines += _section(system)
     return HEADER + "\n".join(lines).rstrip("\n") + "\n"
 
 
 PAGES = {"systems.md": systems_page}
+
+
+def _table(systems: tuple[System, ...]) -> list[str]:
+    head = "| # | system | state | paper | what it does | measured effect |"
+    return [head, "|--:|---|---|---|---|---|", *(_row(system) for system in systems), ""]
 
 
 def _row(system: System) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from controlroom.catalog import CONTROL_TYPES, SYSTEMS, System, control_class
+from controlroom.catalog import CONTROL_TYPES, FURTHER, SYSTEMS, System, control_class
 
 _CONTROLS = "controlroom.controls."
 _COLUMNS = ("type", "name", "state", "models", "off by", "what it does")
@@ -22,7 +22,7 @@ def controls(
     if name is not None:
         _print_settings(name, json)
         return
-    rows = [row for system in SYSTEMS for row in _rows(system, every)]
+    rows = [row for system in (*SYSTEMS, *FURTHER) for row in _rows(system, every)]
     if json:
         typer.echo(json_module.dumps(rows, ensure_ascii=False))
         return
@@ -68,7 +68,7 @@ def _rows(system: System, every: bool) -> list[dict[str, Any]]:
 
 def _home(type_name: str) -> System | None:
     """The system that a control belongs to, where several use it: the one of its name, or the first."""
-    users = [system for system in SYSTEMS if CONTROL_TYPES[type_name] in system.code]
+    users = [system for system in (*SYSTEMS, *FURTHER) if CONTROL_TYPES[type_name] in system.code]
     return next((system for system in users if system.key == type_name), users[0] if users else None)
 
 
