@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from controlroom.core.errors import InputError
 from controlroom.training import hardware
 
 
@@ -28,7 +30,7 @@ from controlroom.training.hardware import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(30): torch.ones(16_000_000)
+for _ in range(12): torch.ones(16_000_000)
 before = faults()
 for _ in range(5): torch.ones(16_000_000)
 print(faults() - before)
@@ -38,3 +40,24 @@ print(faults() - before)
         for how in ("plain", "kept")
     ]
     assert counted[1] < counted[0] / 10
+
+
+@pytest.mark.parametrize("name", ["cuda:77", "toaster", ""])
+def test_a_device_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(InputError, match=f"'{name}' cannot be used"):
+        hardware.usable_device(name)
+
+
+@dataclass(frozen=True)
+class Batch:
+    pixels: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+    names: list[str]
+
+
+def test_batches_move_with_all_that_they_hold() -> None:
+    """`meta` stands for another device: a machine of tests has only one."""
+    batch = Batch(torch.zeros(2, 3), (torch.ones(1),), ["a", "b"])
+    there = hardware.moved(batch, torch.device("meta"))
+    assert there.pixels.device.type == there.parts[0].device.type == "meta"
+    assert there.names == ["a", "b"] and there.pixels.shape == (2, 3)

@@ -34,7 +34,7 @@ from controlroom.training.checkpoint import (
 )
 from controlroom.training.ema import Ema
 from controlroom.training.export import export_weights, samples_seen
-from controlroom.training.hardware import fast_bfloat16
+from controlroom.training.hardware import fast_bfloat16, moved, usable_device
 from controlroom.training.identity import identity_of, refuse_other_run, trained_parameters
 from controlroom.training.optimizers import new_optimizer
 from controlroom.training.prefetch import batches_ahead
@@ -79,6 +79,7 @@ def train(recipe: Recipe[Any], settings: TrainSettings, *, resume: bool = True) 
         ResumeError: the checkpoint was made with other settings, another recipe or other frozen weights, or there are
             checkpoints and `resume` is false.
         DivergedError: a loss or gradient was not finite; nothing was stepped or saved with it.
+        InputError: the device is unknown or not on this machine.
         ModelError: nothing to train, a master weight that is not float32, or a frozen module that moved.
         OutputError: a checkpoint or export could not be written, or another process trains in the folder.
     """
@@ -100,12 +101,14 @@ class _Run:
 
         # -- what trains, and what must not --
         self.modules, self.frozen = recipe.modules(), recipe.frozen()
+        self.device = usable_device(settings.device)
+        for module in (*self.modules.values(), *self.frozen.values()):
+            module.to(self.device)
         for module in self.frozen.values():
             module.requires_grad_(False).eval()
         for module in self.modules.values():
             module.train()
         self.parameters = trained_parameters(self.modules, self.frozen)
-        self.device = next(iter(self.parameters.values())).device
         self.bfloat16 = settings.mixed_precision == "bf16" or (
             settings.mixed_precision == "auto" and fast_bfloat16(self.device)
         )
@@ -172,7 +175,7 @@ class _Run:
         with batches_ahead(self._batch, range(self.step, self.total_steps), settings.prefetch) as batches:
             while self.step < self.total_steps and reason is None:
                 # -- one optimizer step --
-                batch = next(batches)
+                batch = moved(next(batches), self.device)
                 rate = learning_rate_at(self.step, self.total_steps, settings)
                 self.progress.add(self._take_step(batch, rate))
                 self.step += 1

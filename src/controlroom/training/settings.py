@@ -68,6 +68,7 @@ class TrainSettings(BaseModel):
     export_with_checkpoint: bool = Field(default=False, description="refresh the exported weights at each checkpoint")
     log_every: PositiveInt = 50
     validate_every: PositiveInt | None = None
+    device: str = Field(default="cpu", description="where it trains: cpu, cuda, cuda:1, mps")
     threads: PositiveInt | None = None
     prefetch: bool = Field(default=False, description="make the next batch in a thread while this one trains")
     stop_after_seconds: PositiveFloat | None = None

@@ -183,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*sorted(STAGES), "assemble"])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so long, with a checkpoint")
     parser.add_argument("--steps", type=int, default=None, help="instead of the stage's number of steps")
     parser.add_argument("--start-from", type=Path, default=None, help="exported weights to continue from")
@@ -202,6 +203,7 @@ def main() -> None:
     settings = TrainSettings(
         output_dir=arguments.output or RUNS / arguments.stage,
         threads=arguments.threads,
+        device=arguments.device,
         stop_after_seconds=None if arguments.minutes is None else arguments.minutes * 60,
         start_from=arguments.start_from,
         prefetch=True,

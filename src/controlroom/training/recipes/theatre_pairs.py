@@ -23,7 +23,7 @@ from controlroom.signals.pose.skeleton import draw_skeleton
 from controlroom.training.latent_cache import LatentCache, cache_key
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipes.theatre_autoencoder import to_pixels
-from controlroom.training.recipes.theatre_unet import Conditioner, min_snr_weight, noise_schedule
+from controlroom.training.recipes.theatre_unet import Conditioner, min_snr_weight, noise_schedule, noised
 
 MOVED_SHARE = 0.35
 """Pairs whose target is in another place; their words name it."""
@@ -93,7 +93,8 @@ class Pairs:
     @torch.no_grad()
     def encode(self, scenes: Sequence[Scene]) -> Tensor:
         """Scaled latents (posterior means) of scenes."""
-        mean = self.vae.encode(to_pixels([render(scene) for scene in scenes])).latent_dist.mean
+        pixels = to_pixels([render(scene) for scene in scenes]).to(self.vae.device)
+        mean = self.vae.encode(pixels).latent_dist.mean
         return mean * self.vae.config.scaling_factor
 
     def _encode_slots(self, slots: Sequence[int]) -> Tensor:
@@ -121,11 +122,10 @@ class Pairs:
         """Error of the predicted noise, weighted by min(SNR, 5) / SNR (arXiv 2303.09556); and unweighted."""
         noise, t = rng.normal("noise", batch.target.shape[1:]), rng.integers("timestep", 0, 1000)
         each = self._error(batch, noise, t, predict)
-        return (each * min_snr_weight(self.alpha_bar[t])).mean(), each.detach().mean()
+        return (each * min_snr_weight(self.alpha_bar.to(t.device)[t])).mean(), each.detach().mean()
 
     def _error(self, batch: PairBatch, noise: Tensor, t: Tensor, predict: Predict) -> Tensor:
-        alpha_bar = self.alpha_bar[t][:, None, None, None]
-        noisy = alpha_bar.sqrt() * batch.target + (1.0 - alpha_bar).sqrt() * noise
+        noisy = noised(batch.target, noise, self.alpha_bar.to(t.device)[t])
         return (predict(batch, noisy, t).float() - noise).square().mean(dim=(1, 2, 3))
 
     @torch.no_grad()
@@ -134,11 +134,14 @@ class Pairs:
         if self._held_out is None:
             pairs = [sample_pair(index, "held_out", moved=0.0) for index in range(HELD_OUT_PAIRS)]
             source, target = self.encode([p.source for p in pairs]), self.encode([p.target for p in pairs])
-            self._held_out = PairBatch(source, target, self.conditioner.ids([""] * len(pairs)), self._maps(pairs))
+            self._held_out = PairBatch(
+                source, target, self.conditioner.ids([""] * len(pairs)), self._maps(pairs).to(source.device)
+            )
         batch, errors = self._held_out, []
         for level in _LEVELS:
-            noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(level))
-            errors.append(self._error(batch, noise, torch.full((len(noise),), level), predict).mean())
+            noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(level)).to(batch.target)
+            t = torch.full((len(noise),), level, device=noise.device)
+            errors.append(self._error(batch, noise, t, predict).mean())
         return float(torch.stack(errors).mean())
 
 

@@ -64,6 +64,12 @@ def min_snr_weight(alpha_bar: Tensor, gamma: float = 5.0) -> Tensor:
     return snr.clamp(max=gamma) / snr
 
 
+def noised(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Latents [B, C, h, w] at the noise levels alpha_bar [B]."""
+    level = alpha_bar[:, None, None, None]
+    return level.sqrt() * clean + (1.0 - level).sqrt() * noise
+
+
 class Conditioner:
     """Captions to token states, with the frozen text encoder."""
 
@@ -79,7 +85,7 @@ class Conditioner:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
-        return self.encoder(ids).last_hidden_state
+        return self.encoder(ids.to(self.encoder.device)).last_hidden_state
 
 
 def latents_of_scenes(vae: Any, folder: Path, count: int) -> LatentCache:
@@ -142,11 +148,11 @@ class TheatreUNet:
         latents = batch.latents
         noise = rng.normal("noise", latents.shape[1:])
         t = rng.integers("timestep", 0, 1000)
-        alpha_bar = self.alpha_bar[t][:, None, None, None]
-        noisy = alpha_bar.sqrt() * latents + (1.0 - alpha_bar).sqrt() * noise
+        alpha_bar = self.alpha_bar.to(t.device)[t]
+        noisy = noised(latents, noise, alpha_bar)
         predicted = self.unet(noisy, t, self.conditioner(batch.ids)).sample.float()
         each = (predicted - noise).square().mean(dim=(1, 2, 3))
-        total = (each * min_snr_weight(self.alpha_bar[t])).mean()
+        total = (each * min_snr_weight(alpha_bar)).mean()
         return Losses(total, {"mse": each.detach().mean()})
 
     def export(self, folder: Path) -> None:
