@@ -111,20 +111,48 @@ class Backbone:
             clip_skip: layers of CLIP to leave out at the end; as in diffusers, negative prompts ignore it.
             second: texts for the second encoder of SDXL.
         """
-        ids = self.tokenize(self.tokenizer, prompts)
+        texts = [prompts] * len(self.tokenizers())
+        if second is not None and self.tokenizer_2 is not None:
+            texts[-1] = second
+        ids = [self.tokenize(tokenizer, each) for tokenizer, each in zip(self.tokenizers(), texts, strict=True)]
+        return self.encode_ids(ids, negative, size, clip_skip)
+
+    def encode_ids(
+        self,
+        ids: Sequence[torch.Tensor],
+        negative: bool = False,
+        size: tuple[int, int] | None = None,
+        clip_skip: int | None = None,
+        keep: torch.Tensor | None = None,
+    ) -> Condition:
+        """Condition of token ids.
+
+        Args:
+            ids: [rows, 77] with start, end and padding, for each of `tokenizers`.
+            negative: whether they are what the branch without the prompt is told.
+            size: height and width of the picture in pixels (SDXL is told it).
+            clip_skip: layers of CLIP to leave out at the end; negative prompts ignore it.
+            keep: [rows, 77], 0 at tokens that the others do not see; None: all are seen.
+        """
         encoder = self.text_encoder
-        arguments: dict[str, Any] = {}
-        if getattr(encoder.config, "use_attention_mask", False):
-            arguments["attention_mask"] = ids.ne(self.tokenizer.pad_token_id).to(execution_device(encoder))
         device = execution_device(encoder)
+        tokens = ids[0].to(device)
+        if getattr(encoder.config, "use_attention_mask", False):
+            seen = tokens.ne(self.tokenizer.pad_token_id)
+            keep = seen if keep is None else seen & keep.to(device).bool()
+        arguments = {} if keep is None else {"attention_mask": keep.to(device)}
         if clip_skip is None or negative:
-            states = encoder(ids.to(device), **arguments)[0]
+            states = encoder(tokens, **arguments)[0]
         else:
-            hidden = encoder(ids.to(device), output_hidden_states=True, **arguments).hidden_states
+            hidden = encoder(tokens, output_hidden_states=True, **arguments).hidden_states
             # Intermediate states have not passed the last norm, which the UNet was trained with.
             norm = getattr(encoder, "text_model", encoder).final_layer_norm
             states = norm(hidden[-(clip_skip + 1)])
         return Condition(tokens=states.to(device=self.device, dtype=encoder.dtype))
+
+    def text_widths(self) -> tuple[int, ...]:
+        """Width of each text encoder's states, in the order in which they are joined."""
+        return tuple(int(e.config.hidden_size) for e in (self.text_encoder, self.text_encoder_2) if e is not None)
 
     def tokenize(self, tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
         """[B, 77] ids, cut and padded.

@@ -15,26 +15,22 @@ class StableDiffusionXL(Backbone):
 
     name = "sdxl"
 
-    def encode_text(
+    def encode_ids(
         self,
-        prompts: Sequence[str],
+        ids: Sequence[torch.Tensor],
         negative: bool = False,
         size: tuple[int, int] | None = None,
         clip_skip: int | None = None,
-        second: Sequence[str] | None = None,
+        keep: torch.Tensor | None = None,
     ) -> Condition:
         """States of both encoders side by side, the pooled embedding of the second, and the time ids."""
-        pairs = [
-            (self.tokenizer, self.text_encoder, prompts),
-            (self.tokenizer_2, self.text_encoder_2, prompts if second is None else second),
-        ]
+        encoders = [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
         skip = 0 if clip_skip is None or negative else clip_skip
         states, pooled = [], None
-        for tokenizer, encoder, texts in pairs:
-            if encoder is None:
-                continue
+        for encoder, part in zip(encoders, ids, strict=True):
             device = execution_device(encoder)
-            out = encoder(self.tokenize(tokenizer, texts).to(device), output_hidden_states=True)
+            arguments = {} if keep is None else {"attention_mask": keep.to(device)}
+            out = encoder(part.to(device), output_hidden_states=True, **arguments)
             # Only an encoder with a projection gives [B, width] first; it is the second one.
             if out[0].ndim == 2:
                 pooled = out[0].to(self.device)
@@ -42,7 +38,7 @@ class StableDiffusionXL(Backbone):
         tokens = torch.cat(states, dim=-1).to(self.text_encoder_2.dtype)
         height, width = size or self.default_size
         return Condition(
-            tokens=tokens, pooled=pooled, time_ids=self.time_ids(len(prompts), (height, width), tokens.dtype)
+            tokens=tokens, pooled=pooled, time_ids=self.time_ids(len(tokens), (height, width), tokens.dtype)
         )
 
     def time_ids(

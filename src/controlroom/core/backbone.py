@@ -62,6 +62,21 @@ class Backbone(Protocol):
         """Condition of one row for each prompt; ``negative`` for the branch without the prompt, ``size`` in pixels."""
         ...
 
+    def encode_ids(
+        self,
+        ids: Sequence[torch.Tensor],
+        negative: bool = False,
+        size: tuple[int, int] | None = None,
+        clip_skip: int | None = None,
+        keep: torch.Tensor | None = None,
+    ) -> Condition:
+        """Condition of token ids [rows, 77], one tensor for each tokenizer; ``keep`` [rows, 77] is 0 where hidden."""
+        ...
+
+    def text_widths(self) -> tuple[int, ...]:
+        """Width of each text encoder's states, in the order in which they are joined."""
+        ...
+
     def encode_picture(self, pixels: torch.Tensor, generator: Any = None) -> torch.Tensor:
         """[B, 3, H, W] in [-1, 1] -> scaled latents; the mean of the posterior, or a sample with ``generator``."""
         ...

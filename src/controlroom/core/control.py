@@ -125,6 +125,23 @@ def window_steps(n: int, start: float, end: float) -> frozenset[int]:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """What the user says the pictures are, before a control has read it.
+
+    Attributes:
+        prompts: of each picture ("" where embeddings were given).
+        negatives: negative prompt of each picture; None where none was given.
+        embeds: what was given as embeddings instead: ``prompt``, ``negative_prompt``.
+        seconds: what the second text encoder of Stable Diffusion XL is told apart: ``prompt``, ``negative_prompt``.
+    """
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str | None, ...]
+    embeds: frozenset[str] = frozenset()
+    seconds: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class EnergyNeed:
     """Passes with a gradient that a control needs before the main pass.
 
@@ -271,6 +288,14 @@ class Control(Settings):
         return type(self).__name__
 
     # Planning. Nothing is loaded here.
+
+    def read(self, texts: Texts) -> Texts:
+        """The words of the prompts, where they stand in a notation that this control reads, or come with it.
+
+        First of all hooks, and also asked of a control that is dropped: everything else sees the words. What it wants
+        to know later it can keep in prompts of a class of its own (`controlroom.backbones.words.PlacedPrompt`).
+        """
+        return texts
 
     def neutral(self, n: int) -> bool:
         """Whether the control would change nothing in a run of n steps; the planner then drops it.

@@ -16,7 +16,7 @@ from controlroom.backbones.attention import Dispatcher
 from controlroom.backbones.base import Backbone
 from controlroom.backbones.sdxl import StableDiffusionXL
 from controlroom.core.branch import IMAGE, Condition
-from controlroom.core.control import Outline, implements
+from controlroom.core.control import Outline, Texts, implements
 from controlroom.core.errors import InputError
 from controlroom.core.picture import DrawnImage
 from controlroom.core.plan import Plan
@@ -54,7 +54,7 @@ def plan_run(backbone: Backbone, spec: RunSpec) -> Prepared:
         InputError: sizes, prompts or controls that do not fit; see `make_plan` for the rest.
     """
     size = _size(backbone, spec)
-    prompts, negatives = _texts(spec)
+    prompts, negatives = _read(spec)
     hw = (size[0] // backbone.pixels_per_latent, size[1] // backbone.pixels_per_latent)
     scheduler = make_scheduler(backbone.scheduler, spec.scheduler)
 
@@ -271,6 +271,25 @@ def _texts(spec: RunSpec) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
         negatives = [negative] * len(prompts)
     each = range(spec.num_images_per_prompt)
     return tuple(p for p in prompts for _ in each), tuple(p for p in negatives for _ in each)
+
+
+def _read(spec: RunSpec) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
+    """Prompt and negative prompt of each image as words, after every control that reads a notation."""
+    prompts, negatives = _texts(spec)
+    embeds = {"prompt": spec.prompt_embeds, "negative_prompt": spec.negative_prompt_embeds}
+    seconds = {"prompt": spec.prompt_2, "negative_prompt": spec.negative_prompt_2}
+    texts = Texts(
+        prompts,
+        negatives,
+        frozenset(name for name, given in embeds.items() if given is not None),
+        frozenset(name for name, given in seconds.items() if given is not None),
+    )
+    for control in spec.controls:
+        if implements(control, "read"):
+            texts = control.read(texts)
+    if len(texts.prompts) != len(prompts) or len(texts.negatives) != len(negatives):
+        raise RuntimeError("a control read another number of prompts than there are")
+    return texts.prompts, texts.negatives
 
 
 def _size(backbone: Backbone, spec: RunSpec) -> tuple[int, int]:

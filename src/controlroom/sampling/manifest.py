@@ -62,7 +62,7 @@ def png_text(manifest: dict[str, Any], run: Run, spec: RunSpec, index: int) -> d
 
 def parameters_line(run: Run, spec: RunSpec, index: int) -> str:
     """Prompt, negative prompt and settings as AUTOMATIC1111's web UI writes them."""
-    negative = run.negative_prompts[index]
+    negative = _written(spec.negative_prompt, spec, index) or run.negative_prompts[index]
     height, width = run.size
     settings = {
         "Steps": spec.num_inference_steps,
@@ -73,11 +73,16 @@ def parameters_line(run: Run, spec: RunSpec, index: int) -> str:
         "Model": os.path.basename(spec.model) or spec.model,
         "Version": f"controlroom {versions()['controlroom']}",
     }
-    lines = [run.prompts[index]]
+    lines = [_written(spec.prompt, spec, index) or run.prompts[index]]
     if negative:
         lines.append(f"Negative prompt: {negative}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
     return "\n".join(lines)
+
+
+def _written(texts: str | list[str] | None, spec: RunSpec, index: int) -> str | None:
+    """A picture's text as the user wrote it, with the notation that a control read."""
+    return texts[index // spec.num_images_per_prompt] if isinstance(texts, list) else texts
 
 
 @dataclass(frozen=True)
