@@ -14,8 +14,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from controlroom.catalog import control_class as control_class
+    from controlroom.controls.editing.image_to_image import ImageToImage as ImageToImage
+    from controlroom.controls.editing.imagic import Imagic as Imagic
+    from controlroom.controls.editing.instruct_pix2pix import InstructPix2Pix as InstructPix2Pix
     from controlroom.controls.editing.masactrl import MasaCtrl as MasaCtrl
     from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt as PromptToPrompt
+    from controlroom.controls.editing.upscale import Upscale as Upscale
     from controlroom.controls.guidance.attend_and_excite import AttendAndExcite as AttendAndExcite
     from controlroom.controls.guidance.guidance_interval import GuidanceInterval as GuidanceInterval
     from controlroom.controls.guidance.guidance_rescale import GuidanceRescale as GuidanceRescale
@@ -43,8 +47,12 @@ if TYPE_CHECKING:
     from controlroom.sampling.pipeline import execute as execute
     from controlroom.sampling.pipeline import explain as explain
     from controlroom.sampling.pipeline import replay as replay
+    from controlroom.tasks.enhance import EnhanceOptions as EnhanceOptions
+    from controlroom.tasks.enhance import enhance as enhance
     from controlroom.tasks.retarget import RetargetOptions as RetargetOptions
     from controlroom.tasks.retarget import retarget as retarget
+    from controlroom.training.recipes.imagic import ImagicSettings as ImagicSettings
+    from controlroom.training.recipes.imagic import fit_imagic as fit_imagic
 
 # Public name -> the module that defines it. One line for each, in the order of the alphabet within a room.
 _EXPORTS: dict[str, str] = {
@@ -69,17 +77,26 @@ _EXPORTS: dict[str, str] = {
     "GuidanceInterval": "controlroom.controls.guidance.guidance_interval",
     "GuidanceRescale": "controlroom.controls.guidance.guidance_rescale",
     "IPAdapter": "controlroom.controls.personal.ip_adapter",
+    "ImageToImage": "controlroom.controls.editing.image_to_image",
+    "Imagic": "controlroom.controls.editing.imagic",
+    "InstructPix2Pix": "controlroom.controls.editing.instruct_pix2pix",
+    "MasaCtrl": "controlroom.controls.editing.masactrl",
     "PerpNeg": "controlroom.controls.guidance.perp_neg",
     "PerturbedAttentionGuidance": "controlroom.controls.guidance.perturbed_attention_guidance",
-    "MasaCtrl": "controlroom.controls.editing.masactrl",
     "PromptToPrompt": "controlroom.controls.editing.prompt_to_prompt",
     "ReferenceOnly": "controlroom.controls.style.reference_only",
     "SelfAttentionGuidance": "controlroom.controls.guidance.self_attention_guidance",
     "SemanticEdit": "controlroom.controls.guidance.semantic_guidance",
     "SemanticGuidance": "controlroom.controls.guidance.semantic_guidance",
     "SmoothedEnergyGuidance": "controlroom.controls.guidance.smoothed_energy_guidance",
+    "Upscale": "controlroom.controls.editing.upscale",
+    # training
+    "ImagicSettings": "controlroom.training.recipes.imagic",
+    "fit_imagic": "controlroom.training.recipes.imagic",
     # tasks
+    "EnhanceOptions": "controlroom.tasks.enhance",
     "RetargetOptions": "controlroom.tasks.retarget",
+    "enhance": "controlroom.tasks.enhance",
     "retarget": "controlroom.tasks.retarget",
     # catalogue
     "control_class": "controlroom.catalog",

@@ -144,11 +144,17 @@ SYSTEMS: tuple[System, ...] = (
         papers=(Paper("Imagic: Text-Based Real Image Editing with Diffusion Models", "2210.09276"), INSTRUCT_PIX2PIX),
         does="Optimises the text embedding (or the text encoder) towards the picture, fine-tunes, interpolates to the "
         "wanted words, draws at low resolution and super-resolves; also joined with an instruction embedding.",
-        code=("controlroom.controls.editing.imagic:Imagic",),
+        code=(
+            "controlroom.controls.editing.imagic:Imagic",
+            "controlroom.controls.editing.upscale:Upscale",
+            "controlroom.tasks.enhance:enhance",
+        ),
         recipe="controlroom.training.recipes.imagic:ImagicRecipe",
         backbones=SD,
-        no_neutral=_PROGRAM,
-        proof="the community pipeline's formulas, transcribed in the test",
+        status="working",
+        neutral='alpha=1, network="base"',
+        proof="transcription of the formulas of both stages and of the interpolation in the test, on tiny random "
+        "weights",
     ),
     System(
         number=5,
@@ -451,11 +457,13 @@ SYSTEMS: tuple[System, ...] = (
         papers=(INSTRUCT_PIX2PIX,),
         does="Two guidance scales; training; generated pairs.",
         code=("controlroom.controls.editing.instruct_pix2pix:InstructPix2Pix",),
-        recipe="controlroom.training.recipes.instruct_pix2pix:InstructPix2PixRecipe",
-        backbones=SD1_SDXL,
+        recipe="controlroom.training.recipes.theatre_instruct_pix2pix:TheatreInstructPix2Pix",
+        backbones=SD,
         weights_licence="MIT",
+        status="working",
         no_neutral="its checkpoint has eight input channels and needs the picture",
-        proof="parity with diffusers' StableDiffusionInstructPix2PixPipeline",
+        proof="parity with diffusers' StableDiffusionInstructPix2PixPipeline and "
+        "StableDiffusionXLInstructPix2PixPipeline",
     ),
     System(
         number=27,
@@ -909,6 +917,18 @@ FURTHER: tuple[System, ...] = (
         neutral="guidance_start=0, guidance_end=1",
         proof="a loop of diffusers' parts by hand, on tiny random weights",
     ),
+    System(
+        number=59,
+        key="image_to_image",
+        name="Image to image",
+        papers=(Paper("SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations", "2108.01073"),),
+        does="Starts from a picture that is noised to the middle of the schedule.",
+        code=("controlroom.controls.editing.image_to_image:ImageToImage",),
+        backbones=SD,
+        status="working",
+        no_neutral="the run starts from another place than noise",
+        proof="parity with diffusers' StableDiffusionImg2ImgPipeline and StableDiffusionXLImg2ImgPipeline",
+    ),
 )
 """Controls beside the project's systems, listed with them where controls are listed."""
 
@@ -919,17 +939,21 @@ CONTROL_TYPES: dict[str, str] = {
     "controlnet": "controlroom.controls.spatial.controlnet:ControlNet",
     "guidance_interval": "controlroom.controls.guidance.guidance_interval:GuidanceInterval",
     "guidance_rescale": "controlroom.controls.guidance.guidance_rescale:GuidanceRescale",
+    "image_to_image": "controlroom.controls.editing.image_to_image:ImageToImage",
+    "imagic": "controlroom.controls.editing.imagic:Imagic",
+    "instruct_pix2pix": "controlroom.controls.editing.instruct_pix2pix:InstructPix2Pix",
     "ip_adapter": "controlroom.controls.personal.ip_adapter:IPAdapter",
+    "masactrl": "controlroom.controls.editing.masactrl:MasaCtrl",
     "perp_neg": "controlroom.controls.guidance.perp_neg:PerpNeg",
     "perturbed_attention_guidance": (
         "controlroom.controls.guidance.perturbed_attention_guidance:PerturbedAttentionGuidance"
     ),
-    "masactrl": "controlroom.controls.editing.masactrl:MasaCtrl",
     "prompt_to_prompt": "controlroom.controls.editing.prompt_to_prompt:PromptToPrompt",
     "reference_only": "controlroom.controls.style.reference_only:ReferenceOnly",
     "self_attention_guidance": "controlroom.controls.guidance.self_attention_guidance:SelfAttentionGuidance",
     "semantic_guidance": "controlroom.controls.guidance.semantic_guidance:SemanticGuidance",
     "smoothed_energy_guidance": "controlroom.controls.guidance.smoothed_energy_guidance:SmoothedEnergyGuidance",
+    "upscale": "controlroom.controls.editing.upscale:Upscale",
 }
 
 

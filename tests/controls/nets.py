@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ControlNetModel
+
+from tests.tiny import LENGTH
 
 
 def tiny_controlnet(unet: Any, seed: int = 7, strength: float = 0.3, **settings: Any) -> ControlNetModel:
@@ -101,3 +104,19 @@ def tiny_ip_adapter(unet: Any, kind: str = "base", seed: int = 13, tokens: int =
                 found[f"{key}.down.weight"] = matrix(3, linear_layer.in_features)
                 found[f"{key}.up.weight"] = matrix(linear_layer.out_features, 3, 0.2)
     return found
+
+
+def tiny_imagic(unet: Any, pooled: bool, folder: Path, seed: int = 17) -> Path:
+    """A fit as `fit_imagic` leaves it in its folder, with random words and the weights of ``unet``."""
+    from safetensors.torch import save_file
+
+    from controlroom.controls.editing.imagic import EMBEDDING, UNET
+
+    generator = torch.Generator().manual_seed(seed)
+    words = {"tokens": torch.randn(1, LENGTH, unet.config.cross_attention_dim, generator=generator)}
+    if pooled:
+        words["pooled"] = torch.randn(1, 32, generator=generator)
+    (folder / EMBEDDING).parent.mkdir(parents=True)
+    save_file(words, str(folder / EMBEDDING), {"format": "pt"})
+    unet.save_pretrained(folder / UNET)
+    return folder

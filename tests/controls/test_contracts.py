@@ -23,7 +23,7 @@ from controlroom.core.control import Control
 from controlroom.core.errors import ConflictError, InputError
 from controlroom.core.spec import RunSpec
 from controlroom.sampling.pipeline import Pipeline
-from tests.controls.nets import tiny_controlnet, tiny_image_encoder, tiny_ip_adapter
+from tests.controls.nets import tiny_controlnet, tiny_image_encoder, tiny_imagic, tiny_ip_adapter
 from tests.tiny import BACKBONES
 from tests.traces import traces
 
@@ -48,6 +48,9 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "controlnet": lambda folder: {"model": str(folder / "controlnet"), "image": picture(1)},
     "guidance_interval": lambda folder: {"guidance_end": 0.5},
     "guidance_rescale": lambda folder: {"scale": 0.7},
+    "image_to_image": lambda folder: {"image": picture(4), "strength": 1.0},
+    "imagic": lambda folder: {"model": str(folder / "imagic"), "alpha": 0.6},
+    "instruct_pix2pix": lambda folder: {"image": picture(5)},
     "ip_adapter": lambda folder: {
         "model": str(folder / "ip_adapter.safetensors"),
         "image": picture(2),
@@ -63,6 +66,7 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "edits": [{"prompt": "a hat", "warmup": 0}, {"prompt": "a dog", "reverse": True, "warmup": 1}]
     },
     "smoothed_energy_guidance": lambda folder: {"layers": "up", "sigma": 2.0},
+    "upscale": lambda folder: {"image": picture(6).resize((8, 8)), "strength": 1.0},
 }
 """Type of a control -> settings with which it acts, of what lies in a folder made by `files`."""
 
@@ -72,6 +76,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "controlnet": {"scale": 0.0},
     "guidance_interval": {"guidance_start": 0.0, "guidance_end": 1.0},
     "guidance_rescale": {"scale": 0.0},
+    "imagic": {"alpha": 1.0, "network": "base"},
     "ip_adapter": {"scale": 0.0},
     "perp_neg": {"scale": 0.0},
     "perturbed_attention_guidance": {"scale": 0.0},
@@ -83,12 +88,18 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "smoothed_energy_guidance": {"scale": 0.0},
 }
 
+NEVER_NEUTRAL = ("image_to_image", "instruct_pix2pix", "upscale")
+"""Controls that start from or look at a picture in any case."""
+
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "appearance_control": ("image", "model", "scale"),
     "attend_and_excite": ("indices", "words", "iterations", "thresholds", "step_size"),
     "controlnet": ("model", "image", "scale", "start", "end", "mask", "guess_mode"),
     "guidance_interval": ("guidance_start", "guidance_end"),
     "guidance_rescale": ("scale", "start", "end"),
+    "image_to_image": ("image", "strength"),
+    "imagic": ("model", "alpha"),
+    "instruct_pix2pix": ("image", "image_guidance_scale"),
     "ip_adapter": ("model", "image", "embeds", "scale", "mask"),
     "perp_neg": ("negatives", "scale", "start", "end"),
     "perturbed_attention_guidance": ("scale", "layers"),
@@ -98,11 +109,18 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "self_attention_guidance": ("scale",),
     "semantic_guidance": ("edits", "momentum_scale", "momentum_beta"),
     "smoothed_energy_guidance": ("scale", "layers"),
+    "upscale": ("image", "strength"),
 }
 """Positional arguments that checks from outside rely on (DESIGN.md, section 9)."""
 
 OF_GUIDANCE = ("guidance_interval", "guidance_rescale", "perp_neg")
 """Controls of classifier-free guidance itself: a run without it is an error that says so."""
+
+CHANNELS: dict[str, int] = {"instruct_pix2pix": 8}
+"""Controls for networks of other input channels than the latents', which draw nothing without them."""
+
+OTHERWISE: dict[str, dict[str, Any]] = {"instruct_pix2pix": {"image": picture(9)}}
+"""What such a control is set to where a run with it is compared with another."""
 
 TYPES = sorted(SETTINGS)
 
@@ -110,10 +128,12 @@ TYPES = sorted(SETTINGS)
 class Stage:
     """A miniature and the folder with its files."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, channels: int = 4) -> None:
         plain = BACKBONES[kind]()
-        self.pipe, self.folder = Pipeline.from_diffusers(plain), folder
+        self.folder = folder
+        self.pipe = Pipeline.from_diffusers(plain if channels == 4 else BACKBONES[kind](in_channels=channels))
         tiny_controlnet(plain.unet).save_pretrained(folder / "controlnet")
+        tiny_imagic(BACKBONES[kind](seed=9, in_channels=channels).unet, kind == "sdxl", folder / "imagic")
         BACKBONES[kind](seed=9).unet.save_pretrained(folder / "writer")
         tiny_image_encoder().save_pretrained(folder / "image_encoder")
         save_file(tiny_ip_adapter(plain.unet), str(folder / "ip_adapter.safetensors"))
@@ -126,20 +146,40 @@ class Stage:
     def draw(self, *controls: Control, **settings: Any) -> Any:
         return self.pipe(controls=list(controls), **{**DRAW, **settings})
 
+    def draw_without(self, name: str, **settings: Any) -> Any:
+        """A run that one with the control differs from."""
+        others = [self.control(name, **OTHERWISE[name])] if name in OTHERWISE else []
+        return self.draw(*others, **settings)
+
+
+class Stages:
+    """Miniatures, made when they are first asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self.factory, self.made = factory, {}
+
+    def of(self, kind: str, *names: str) -> Stage:
+        """The one whose network has the channels for these controls."""
+        key = (kind, max([4, *(CHANNELS.get(name, 4) for name in names)]))
+        if key not in self.made:
+            self.made[key] = Stage(kind, self.factory.mktemp(kind), key[1])
+        return self.made[key]
+
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
-    return {kind: Stage(kind, tmp_path_factory.mktemp(kind)) for kind in BACKBONES}
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    return Stages(tmp_path_factory)
+
+
+@pytest.fixture
+def stage(request: pytest.FixtureRequest, stages: Stages) -> Stage:
+    given = request.node.callspec.params
+    return stages.of("sd1", *(given[key] for key in ("name", "first", "second") if key in given))
 
 
 @pytest.fixture(scope="module")
-def stage(stages: dict[str, Stage]) -> Stage:
-    return stages["sd1"]
-
-
-@pytest.fixture(scope="module")
-def plain(stage: Stage) -> Any:
-    return stage.draw()
+def plain(stages: Stages) -> Any:
+    return stages.of("sd1").draw()
 
 
 def test_every_working_control_is_held_to_this() -> None:
@@ -147,7 +187,7 @@ def test_every_working_control_is_held_to_this() -> None:
     classes = {value for path in working if isinstance(value := load(path), type) and issubclass(value, Control)}
     assert classes == {control_class(name) for name in SETTINGS}
     assert set(CONTROL_TYPES) >= set(SETTINGS)
-    assert set(SETTINGS) == set(NEUTRAL) == set(ARGUMENTS)
+    assert set(SETTINGS) == {*NEUTRAL, *NEVER_NEUTRAL} == set(ARGUMENTS)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -206,17 +246,21 @@ def check_absent(result: Any, plain: Any, control: Control) -> None:
 @pytest.mark.parametrize("name", TYPES)
 class TestRun:
     @pytest.mark.parametrize("kind", BACKBONES)
-    def test_acts_on_every_backbone_at_the_planned_cost(self, name: str, kind: str, stages: dict[str, Stage]) -> None:
-        spec = RunSpec(controls=[stages[kind].control(name)], **DRAW)
-        result, planned = stages[kind].pipe.run(spec), stages[kind].pipe.explain(spec)
+    def test_acts_on_every_backbone_at_the_planned_cost(self, name: str, kind: str, stages: Stages) -> None:
+        stage = stages.of(kind, name)
+        spec = RunSpec(controls=[stage.control(name)], **DRAW)
+        result, planned = stage.pipe.run(spec), stage.pipe.explain(spec)
         assert torch.isfinite(result.images).all()
-        assert (result.images - stages[kind].draw().images).abs().max() > 1e-3
+        assert (result.images - stage.draw_without(name).images).abs().max() > 1e-3
         cost = result.manifest["cost"]
         assert sum(planned.rows) + sum(planned.energy_rows) == cost["unet_rows"]
         assert sum(planned.passes) + sum(planned.energy_passes) == cost["unet_passes"]
         assert sum(planned.energy_passes) == cost["energy_passes"]
 
     def test_neutral_is_absence_bit_for_bit_and_free(self, name: str, stage: Stage, plain: Any) -> None:
+        if name in NEVER_NEUTRAL:
+            assert not stage.control(name).neutral(2)
+            return
         control = stage.control(name, **NEUTRAL[name])
         check_absent(stage.draw(control), plain, control)
 
@@ -224,7 +268,7 @@ class TestRun:
         def broken(*args: Any) -> Any:
             raise RuntimeError("broken")
 
-        stage.draw()
+        stage.draw_without(name)
         stage.pipe.unet.requires_grad_(True)
         stage.pipe.unet.mid_block.requires_grad_(False)
         before = traces(stage.pipe)
@@ -239,7 +283,7 @@ class TestRun:
             with pytest.raises(InputError, match="guidance_scale is at most 1"):
                 stage.draw(stage.control(name), guidance_scale=1.0)
             return
-        alone = stage.draw(guidance_scale=1.0)
+        alone = stage.draw_without(name, guidance_scale=1.0)
         result = stage.draw(stage.control(name), guidance_scale=1.0)
         assert torch.isfinite(result.images).all()
         assert not torch.equal(result.images, alone.images)
@@ -267,6 +311,7 @@ def test_every_pair_runs_or_names_both(first: str, second: str, stage: Stage) ->
             assert all(label in str(error) for label in labels), str(error)
             continue
         assert torch.isfinite(result.images).all()
-        singles = [stage.draw(control).images for control in pair]
+        needed = [control for control in pair if control.type in CHANNELS]
+        singles = [stage.draw(control).images for control in needed or pair]
         # Both act: together they are neither of them alone.
         assert all(not torch.equal(result.images, single) for single in singles)

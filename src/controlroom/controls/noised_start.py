@@ -21,7 +21,7 @@ def start_from(run: Run, latents: torch.Tensor) -> None:
 
 
 def sampled_latents(run: Run, pixels: torch.Tensor) -> torch.Tensor:
-    """Scaled latents of pictures [rows, 3, H, W] in [-1, 1]: a sample of the posterior, as diffusers' pipelines draw it.
+    """Scaled latents of pictures [rows, 3, H, W] in [-1, 1]: a sample of the posterior, drawn as diffusers draws it.
 
     One generator for the batch draws once for each picture given; one for each image draws for each image.
     """

@@ -26,6 +26,7 @@ PARTS = {
     "appearance": "appearance",
     "retarget": ".",  # the joint stage, which writes both over
     "ip_adapter": "ip_adapter",
+    "instruct_pix2pix": "instruct_pix2pix",
 }
 
 

@@ -91,6 +91,12 @@ def _ip_adapter() -> Recipe[Any]:
     return TheatreIPAdapter(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
 
 
+def _instruct_pix2pix() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_instruct_pix2pix import TheatreInstructPix2Pix
+
+    return TheatreInstructPix2Pix(*_trained_parts(), RUNS / "latents", edits=PAIRS)
+
+
 #: What the stages share; each says what it has of its own.
 _COMMON: dict[str, Any] = {
     "batch_size": 32,
@@ -174,6 +180,10 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     "ip_adapter": (
         _ip_adapter,
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
+    ),
+    "instruct_pix2pix": (
+        _instruct_pix2pix,
+        _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
     ),
 }
 

@@ -8,32 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
 from controlroom.controls.editing.image_to_image import ImageToImage
-from controlroom.controls.editing.imagic import EMBEDDING, UNET, Imagic
+from controlroom.controls.editing.imagic import EMBEDDING, Imagic
 from controlroom.controls.editing.instruct_pix2pix import InstructPix2Pix
 from controlroom.core.errors import ConflictError, InputError, ModelError
 from controlroom.core.spec import RunSpec
 from controlroom.sampling.pipeline import Pipeline
-from tests.tiny import BACKBONES, LENGTH, tiny_sd1, tiny_unet
+from tests.controls.nets import tiny_imagic
+from tests.tiny import BACKBONES, tiny_sd1, tiny_unet
 from tests.traces import traces
 
 DRAW: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "seed": 5}
 TOLERANCE = 1e-4
-
-
-def write_fit(folder: Path, unet: Any, pooled: int | None = None) -> Path:
-    """A fit as `fit_imagic` leaves it, with random words and the weights of ``unet``."""
-    width = unet.config.cross_attention_dim
-    generator = torch.Generator().manual_seed(3)
-    words = {"tokens": torch.randn(1, LENGTH, width, generator=generator)}
-    if pooled is not None:
-        words["pooled"] = torch.randn(1, pooled, generator=generator)
-    (folder / EMBEDDING).parent.mkdir(parents=True)
-    save_file(words, str(folder / EMBEDDING), {"format": "pt"})
-    unet.save_pretrained(folder / UNET)
-    return folder
 
 
 class Case:
@@ -42,14 +30,14 @@ class Case:
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind, self.plain, self.tuned = kind, BACKBONES[kind](), BACKBONES[kind](seed=9)
         self.pipe = Pipeline.from_diffusers(self.plain)
-        self.folder = write_fit(folder, self.tuned.unet, 32 if kind == "sdxl" else None)
-        from safetensors.torch import load_file
-
+        self.folder = tiny_imagic(self.tuned.unet, kind == "sdxl", folder)
         self.words = load_file(str(self.folder / EMBEDDING))
 
     def by_hand(self, prompt: str, alpha: float, tuned: bool, seed: int = 5) -> torch.Tensor:
         """diffusers' own pipeline, given the interpolated embedding."""
-        found = self.plain.encode_prompt(prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+        found = self.plain.encode_prompt(
+            prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
         given: dict[str, Any] = {"prompt_embeds": found[0], "negative_prompt_embeds": found[1]}
         given["prompt_embeds"] = alpha * found[0] + (1 - alpha) * self.words["tokens"]
         if self.kind == "sdxl":
@@ -96,7 +84,8 @@ def test_a_sweep_in_one_call(case: Case) -> None:
     for image, alpha in zip(found, alphas, strict=True):
         close(image[None], case.by_hand("a cat", alpha, True))
     # Two prompts: each is swept.
-    both = case.pipe(["a cat", "a dog"], controls=[Imagic(str(case.folder), [0.5, 1.5])], num_images_per_prompt=2, **DRAW)
+    control = Imagic(str(case.folder), [0.5, 1.5])
+    both = case.pipe(["a cat", "a dog"], controls=[control], num_images_per_prompt=2, **DRAW)
     for i, (prompt, alpha) in enumerate([("a cat", 0.5), ("a cat", 1.5), ("a dog", 0.5), ("a dog", 1.5)]):
         close(both.images[i : i + 1], case.by_hand(prompt, alpha, True, seed=5 + i))
 
@@ -130,14 +119,12 @@ def test_no_trace_is_left_after_success_and_failure(case: Case) -> None:
 @torch.no_grad()
 def test_joined_with_an_instruction(tmp_path: Path) -> None:
     """Words of a fit with a network of four channels, drawn by InstructPix2Pix's of eight."""
-    folder = write_fit(tmp_path / "fit", tiny_unet(9))
+    folder = tiny_imagic(tiny_unet(9), False, tmp_path / "fit")
     plain = tiny_sd1(in_channels=8)
     pipe = Pipeline.from_diffusers(plain)
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     controls = [InstructPix2Pix(pixels), Imagic(str(folder), 0.7, "base", instruction="a red hat")]
     found = pipe("a cat", controls=controls, **{**DRAW, "num_inference_steps": 1})
-    from safetensors.torch import load_file
-
     learned = load_file(str(folder / EMBEDDING))["tokens"]
     cat, empty, hat = (plain.encode_prompt(text, "cpu", 1, False)[0] for text in ("a cat", "", "a red hat"))
     joined = torch.cat([0.7 * cat + 0.3 * learned, hat], dim=1)

@@ -35,9 +35,10 @@ def noise(*shape: int, seed: int = 1) -> torch.Tensor:
 
 def finished(plain: Any, latents: torch.Tensor, strength: float) -> torch.Tensor:
     """diffusers' image to image from latents of the large size."""
-    kind: Any = StableDiffusionXLImg2ImgPipeline if hasattr(plain, "text_encoder_2") else StableDiffusionImg2ImgPipeline
-    more = {"add_watermarker": False} if kind is StableDiffusionXLImg2ImgPipeline else {"requires_safety_checker": False}
-    pipe = kind(**plain.components, **more)
+    if hasattr(plain, "text_encoder_2"):
+        pipe: Any = StableDiffusionXLImg2ImgPipeline(**plain.components, add_watermarker=False)
+    else:
+        pipe = StableDiffusionImg2ImgPipeline(**plain.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 5, "output_type": "latent", "guidance_scale": 7.5, "strength": strength}
     return pipe(prompt="a cat", image=latents, generator=torch.Generator().manual_seed(5), **settings).images

@@ -1,7 +1,7 @@
 """Image to image, or SDEdit (arXiv 2108.01073): start from a picture instead of from noise.
 
-The idea: a picture that was noised far enough looks like one of the model's own, and denoising it with new words changes
-what the words ask for. ``strength`` says how far: only that share of the steps is run.
+The idea: a picture that was noised far enough looks like one of the model's own, and denoising it with new words
+changes what the words ask for. ``strength`` says how far: only that share of the steps is run.
 
 As in diffusers' pipelines, draw for draw: a sample of the encoder's posterior, the noise, then the noise of the steps.
 Deviations: pictures of several prompts with several images each stay with their prompts (there they alternate).

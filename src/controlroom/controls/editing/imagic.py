@@ -1,7 +1,8 @@
 """Imagic: edit a real picture by the words that describe the result (arXiv 2210.09276).
 
-The idea: words are moved until the model reconstructs the picture from them, the network is tuned until it does so well,
-and the picture is drawn from words between those learned ones and the wanted ones, e = α e_wanted + (1 − α) e_learned.
+The idea: words are moved until the model reconstructs the picture from them, the network is tuned until it does so
+well, and the picture is drawn from words between the learned ones and the wanted ones,
+e = α e_wanted + (1 − α) e_learned.
 
 `controlroom.training.recipes.imagic.fit_imagic` learns words and weights, once for a picture; this control draws with
 them. Deviations: the wanted words are the prompt of the run, so that one fit serves several; Stable Diffusion XL's
@@ -129,8 +130,8 @@ def _between(wanted: Condition, learned: Condition, alphas: torch.Tensor, instru
     """[images] strengths -> the condition of each image."""
     if wanted.tokens.shape[1] != learned.tokens.shape[1]:
         raise InputError(
-            f"The prompt has {wanted.tokens.shape[1]} tokens, the learned words {learned.tokens.shape[1]}. Imagic needs "
-            "a prompt of the usual length."
+            f"The prompt has {wanted.tokens.shape[1]} tokens, the learned words {learned.tokens.shape[1]}. Imagic "
+            "needs a prompt of the usual length."
         )
     tokens = _mixed(wanted.tokens, learned.tokens, alphas)
     pooled = wanted.pooled

@@ -95,7 +95,7 @@ def unscaled(latents: torch.Tensor, config: Any) -> torch.Tensor:
 
 
 def _fitted(seen: torch.Tensor, run: Run, branch: str) -> torch.Tensor:
-    """[images, c, h, w] for a branch; one that looks at other latents than the picture's may have other rows or size."""
+    """[images, c, h, w] for a branch; one that looks at other latents than the picture's may differ in size."""
     plan = run.plan
     if plan.branches[branch].state == IMAGE:
         return seen
