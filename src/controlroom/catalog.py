@@ -921,7 +921,9 @@ FURTHER: tuple[System, ...] = (
         number=59,
         key="image_to_image",
         name="Image to image",
-        papers=(Paper("SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations", "2108.01073"),),
+        papers=(
+            Paper("SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations", "2108.01073"),
+        ),
         does="Starts from a picture that is noised to the middle of the schedule.",
         code=("controlroom.controls.editing.image_to_image:ImageToImage",),
         backbones=SD,
