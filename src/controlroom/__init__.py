@@ -14,10 +14,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from controlroom.catalog import control_class as control_class
+    from controlroom.controls.edit_direction import EditDirection as EditDirection
+    from controlroom.controls.edit_direction import edit_direction as edit_direction
+    from controlroom.controls.editing.from_inversion import FromInversion as FromInversion
     from controlroom.controls.editing.image_to_image import ImageToImage as ImageToImage
     from controlroom.controls.editing.imagic import Imagic as Imagic
     from controlroom.controls.editing.instruct_pix2pix import InstructPix2Pix as InstructPix2Pix
     from controlroom.controls.editing.masactrl import MasaCtrl as MasaCtrl
+    from controlroom.controls.editing.pix2pix_zero import Pix2PixZero as Pix2PixZero
     from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt as PromptToPrompt
     from controlroom.controls.editing.upscale import Upscale as Upscale
     from controlroom.controls.guidance.attend_and_excite import AttendAndExcite as AttendAndExcite
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from controlroom.controls.guidance.perturbed_attention_guidance import (
         PerturbedAttentionGuidance as PerturbedAttentionGuidance,
     )
+    from controlroom.controls.guidance.prompt_weighting import PromptWeighting as PromptWeighting
     from controlroom.controls.guidance.self_attention_guidance import SelfAttentionGuidance as SelfAttentionGuidance
     from controlroom.controls.guidance.semantic_guidance import SemanticEdit as SemanticEdit
     from controlroom.controls.guidance.semantic_guidance import SemanticGuidance as SemanticGuidance
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
     from controlroom.controls.style.reference_only import ReferenceOnly as ReferenceOnly
+    from controlroom.controls.word_mask import WordMask as WordMask
     from controlroom.core.control import Control as Control
     from controlroom.core.errors import ConflictError as ConflictError
     from controlroom.core.errors import ControlRoomError as ControlRoomError
@@ -43,6 +49,10 @@ if TYPE_CHECKING:
     from controlroom.core.errors import OutputError as OutputError
     from controlroom.core.result import RunResult as RunResult
     from controlroom.core.spec import RunSpec as RunSpec
+    from controlroom.sampling.inversion import invert as invert
+    from controlroom.sampling.inverted import Inversion as Inversion
+    from controlroom.sampling.inverted import NullText as NullText
+    from controlroom.sampling.inverted import Regularisation as Regularisation
     from controlroom.sampling.pipeline import Pipeline as Pipeline
     from controlroom.sampling.pipeline import execute as execute
     from controlroom.sampling.pipeline import explain as explain
@@ -70,10 +80,16 @@ _EXPORTS: dict[str, str] = {
     "execute": "controlroom.sampling.pipeline",
     "explain": "controlroom.sampling.pipeline",
     "replay": "controlroom.sampling.pipeline",
+    "Inversion": "controlroom.sampling.inverted",
+    "NullText": "controlroom.sampling.inverted",
+    "Regularisation": "controlroom.sampling.inverted",
+    "invert": "controlroom.sampling.inversion",
     # controls
     "AppearanceControl": "controlroom.controls.pose.appearance",
     "AttendAndExcite": "controlroom.controls.guidance.attend_and_excite",
     "ControlNet": "controlroom.controls.spatial.controlnet",
+    "EditDirection": "controlroom.controls.edit_direction",
+    "FromInversion": "controlroom.controls.editing.from_inversion",
     "GuidanceInterval": "controlroom.controls.guidance.guidance_interval",
     "GuidanceRescale": "controlroom.controls.guidance.guidance_rescale",
     "IPAdapter": "controlroom.controls.personal.ip_adapter",
@@ -83,13 +99,17 @@ _EXPORTS: dict[str, str] = {
     "MasaCtrl": "controlroom.controls.editing.masactrl",
     "PerpNeg": "controlroom.controls.guidance.perp_neg",
     "PerturbedAttentionGuidance": "controlroom.controls.guidance.perturbed_attention_guidance",
+    "Pix2PixZero": "controlroom.controls.editing.pix2pix_zero",
     "PromptToPrompt": "controlroom.controls.editing.prompt_to_prompt",
+    "PromptWeighting": "controlroom.controls.guidance.prompt_weighting",
     "ReferenceOnly": "controlroom.controls.style.reference_only",
     "SelfAttentionGuidance": "controlroom.controls.guidance.self_attention_guidance",
     "SemanticEdit": "controlroom.controls.guidance.semantic_guidance",
     "SemanticGuidance": "controlroom.controls.guidance.semantic_guidance",
     "SmoothedEnergyGuidance": "controlroom.controls.guidance.smoothed_energy_guidance",
     "Upscale": "controlroom.controls.editing.upscale",
+    "WordMask": "controlroom.controls.word_mask",
+    "edit_direction": "controlroom.controls.edit_direction",
     # training
     "ImagicSettings": "controlroom.training.recipes.imagic",
     "fit_imagic": "controlroom.training.recipes.imagic",

@@ -471,10 +471,14 @@ SYSTEMS: tuple[System, ...] = (
         name="Pix2Pix-Zero",
         papers=(Paper("Zero-shot Image-to-Image Translation", "2302.03027"),),
         does="Edit direction in embedding space, cross-attention guidance, regularised inversion.",
-        code=("controlroom.controls.editing.pix2pix_zero:Pix2PixZero",),
+        code=(
+            "controlroom.controls.editing.pix2pix_zero:Pix2PixZero",
+            "controlroom.controls.edit_direction:edit_direction",
+        ),
         backbones=SD,
+        status="working",
         neutral=SCALE_0,
-        proof="parity with diffusers' StableDiffusionPix2PixZeroPipeline",
+        proof="parity with diffusers' StableDiffusionPix2PixZeroPipeline, on drawn and on inverted pictures",
     ),
     System(
         number=28,
@@ -565,8 +569,10 @@ SYSTEMS: tuple[System, ...] = (
         does="More or less of a word, in the notation of A1111 or Compel.",
         code=("controlroom.controls.guidance.prompt_weighting:PromptWeighting",),
         backbones=SD,
-        neutral="all weights 1",
-        proof="the parsed tree of documented examples; weight 1 equals the plain prompt",
+        status="working",
+        neutral=SCALE_0,
+        proof="transcriptions of A1111's rules and numbers that compel 2.5.1 gave, on tiny random weights; diffusers' "
+        "pipelines given the transcription's embeddings; any text is read and written again, or refused with a place",
     ),
     System(
         number=35,
@@ -588,11 +594,17 @@ SYSTEMS: tuple[System, ...] = (
             Paper("Denoising Diffusion Implicit Models", "2010.02502"),
             Paper("Null-text Inversion for Editing Real Images using Guided Diffusion Models", "2211.09794"),
         ),
-        does="The noise that a picture came from: DDIM and null-text.",
-        code=("controlroom.sampling.inversion:invert", "controlroom.sampling.null_text:optimise_null_text"),
+        does="The noise that a picture came from: DDIM, regularised, and null-text.",
+        code=(
+            "controlroom.sampling.inversion:invert",
+            "controlroom.sampling.null_text:optimise_null_text",
+            "controlroom.controls.editing.from_inversion:FromInversion",
+        ),
         backbones=SD,
+        status="working",
         no_neutral=_PROGRAM,
-        proof="parity with diffusers' DDIMInverseScheduler; the picture comes back",
+        proof="parity with diffusers' DDIMInverseScheduler (bit for bit) and StableDiffusionPix2PixZeroPipeline.invert;"
+        " transcription of the published null-text optimisation and of editing from it, in the test",
     ),
     System(
         number=37,
@@ -939,6 +951,7 @@ CONTROL_TYPES: dict[str, str] = {
     "appearance_control": "controlroom.controls.pose.appearance:AppearanceControl",
     "attend_and_excite": "controlroom.controls.guidance.attend_and_excite:AttendAndExcite",
     "controlnet": "controlroom.controls.spatial.controlnet:ControlNet",
+    "from_inversion": "controlroom.controls.editing.from_inversion:FromInversion",
     "guidance_interval": "controlroom.controls.guidance.guidance_interval:GuidanceInterval",
     "guidance_rescale": "controlroom.controls.guidance.guidance_rescale:GuidanceRescale",
     "image_to_image": "controlroom.controls.editing.image_to_image:ImageToImage",
@@ -950,7 +963,9 @@ CONTROL_TYPES: dict[str, str] = {
     "perturbed_attention_guidance": (
         "controlroom.controls.guidance.perturbed_attention_guidance:PerturbedAttentionGuidance"
     ),
+    "pix2pix_zero": "controlroom.controls.editing.pix2pix_zero:Pix2PixZero",
     "prompt_to_prompt": "controlroom.controls.editing.prompt_to_prompt:PromptToPrompt",
+    "prompt_weighting": "controlroom.controls.guidance.prompt_weighting:PromptWeighting",
     "reference_only": "controlroom.controls.style.reference_only:ReferenceOnly",
     "self_attention_guidance": "controlroom.controls.guidance.self_attention_guidance:SelfAttentionGuidance",
     "semantic_guidance": "controlroom.controls.guidance.semantic_guidance:SemanticGuidance",
