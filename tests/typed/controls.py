@@ -23,6 +23,9 @@ def accepted(net: Any) -> list[cr.Control]:
         cr.AttendAndExcite(words=["cat"]),
         cr.AppearanceControl("anna.png"),
         cr.ReferenceOnly("anna.png", 0.5),
+        cr.SemanticGuidance([cr.SemanticEdit("smiling", True, 3.0, warmup=5)], momentum_scale=0.2),
+        cr.PerturbedAttentionGuidance(3.0, ["mid"]),
+        cr.PerpNeg(["night", "a hat"], [1.0, 0.5]),
     ]
 
 
@@ -31,4 +34,6 @@ def refused(net: Any) -> None:
     cr.ControlNet(net, "pose.json", "strong")  # pyright: ignore[reportArgumentType]
     cr.ControlNet(net, "pose.json", strength=1.0)  # pyright: ignore[reportCallIssue]
     cr.PromptToPrompt(7)  # pyright: ignore[reportArgumentType]
+    cr.SemanticEdit()  # pyright: ignore[reportCallIssue]
+    cr.SemanticEdit("smiling").scale = 2.0  # pyright: ignore[reportAttributeAccessIssue]
     cr.ReferenceOnly("anna.png").scale = 2.0  # pyright: ignore[reportAttributeAccessIssue]
