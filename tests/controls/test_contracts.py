@@ -60,6 +60,7 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "perturbed_attention_guidance": lambda folder: {"layers": ["mid", "up_blocks.0"]},
     "masactrl": lambda folder: {"source": "a green dog", "start_step": 0, "start_layer": 2},
     "prompt_to_prompt": lambda folder: {"source": "a green dog", "cross_replace": 0.5, "self_replace": 0.5},
+    "prompt_weighting": lambda folder: {"text": "a (red:1.6) cat"},
     "reference_only": lambda folder: {"image": picture(3), "reference_adain": True},
     "self_attention_guidance": lambda folder: {},
     "semantic_guidance": lambda folder: {
@@ -82,6 +83,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "perturbed_attention_guidance": {"scale": 0.0},
     "masactrl": {"start_step": 2},
     "prompt_to_prompt": {"cross_replace": 0.0, "self_replace": 0.0},
+    "prompt_weighting": {"scale": 0.0},
     "reference_only": {"scale": 0.0},
     "self_attention_guidance": {"scale": 0.0},
     "semantic_guidance": {"edits": []},
@@ -105,6 +107,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "perturbed_attention_guidance": ("scale", "layers"),
     "masactrl": ("source", "start_step", "start_layer"),
     "prompt_to_prompt": ("source", "cross_replace", "self_replace", "reweight", "local_blend"),
+    "prompt_weighting": ("text", "dialect", "negative", "scale"),
     "reference_only": ("image", "style_fidelity"),
     "self_attention_guidance": ("scale",),
     "semantic_guidance": ("edits", "momentum_scale", "momentum_beta"),
