@@ -34,10 +34,14 @@ def share(right: Sequence[bool]) -> Estimate:
         >>> share([True] * 9 + [False]).percent()
         '90.0 % [59.6, 98.2]'
     """
-    n = len(right)
+    return share_of(sum(right), len(right))
+
+
+def share_of(right: int, n: int) -> Estimate:
+    """Share of ``right`` among ``n``, as `share`; NaN of none."""
     if n == 0:
         return Estimate(mean=math.nan, low=math.nan, high=math.nan, n=0)
-    z, p = 1.959964, sum(right) / n
+    z, p = 1.959964, right / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Estimate(mean=p, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
