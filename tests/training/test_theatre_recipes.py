@@ -1,6 +1,7 @@
 """The theatre's recipes: what they declare moves, what they export loads, and the whole becomes a pipeline."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from controlroom.training.recipes.theatre_clip import TheatreClip
 from controlroom.training.recipes.theatre_readers import TheatreAttributeReader, TheatreKeypointReader
 from controlroom.training.recipes.theatre_unet import TheatreUNet, min_snr_weight, noise_schedule
 from controlroom.training.settings import TrainSettings
+from controlroom.training.theatre import ASSETS
 
 
 def one_step(recipe: Recipe[Any], folder: Path) -> Path:
@@ -59,6 +61,23 @@ def test_every_word_is_one_token(tmp_path: Path) -> None:
     assert [word for word in words() if len(tokenizer(word).input_ids) != 3] == []
     ids = tokenizer("a [V] woman, naïve", padding="max_length").input_ids
     assert len(ids) == 77 and ids[0] == size - 2 and ids[-1] == size - 1
+
+
+@pytest.mark.parametrize("part", ["shipped", "assembled"])
+def test_all_tokenizer_files_of_a_checkpoint_agree(part: str, runs: Path, tmp_path: Path) -> None:
+    """Older readers take vocab.json and merges.txt, newer ones tokenizer.json: the same ids, those CLIP learned."""
+    if part == "assembled":
+        assemble(runs, tmp_path)
+    checkpoint = ASSETS if part == "shipped" else tmp_path
+    (tmp_path / "older").mkdir()
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(checkpoint / "tokenizer" / name, tmp_path / "older")
+    text = f"{' '.join(words())} naïve [V]"
+    older, newer, clips = (
+        CLIPTokenizer.from_pretrained(folder)(text).input_ids
+        for folder in (tmp_path / "older", checkpoint / "tokenizer", checkpoint / "clip/tokenizer")
+    )
+    assert older == newer == clips
 
 
 def test_exports_load(runs: Path) -> None:

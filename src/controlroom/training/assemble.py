@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from controlroom.core.errors import ModelError
 from controlroom.core.files import atomic_path, write_text_atomically
-from controlroom.data.theatre.tokenizer import write_tokenizer
 
 #: Weights of a stage -> folder of the checkpoint; later stages write over earlier ones.
 PARTS = {
@@ -89,8 +88,16 @@ def _text_encoder(target: Path) -> list[Path]:
     text_settings["dtype"] = "float32"  # half precision is for the disk; transformers would compute in it otherwise
     write_text_atomically(folder / "config.json", json.dumps(text_settings, indent=2, sort_keys=True) + "\n")
     copied = copy_half(clip / "tokenizer", target / "tokenizer")
-    write_tokenizer(target / "tokenizer")  # vocab.json and merges.txt too, which older readers want
+    _older_tokenizer_files(target / "tokenizer")
     return [folder / "model.safetensors", folder / "config.json", *copied]
+
+
+def _older_tokenizer_files(folder: Path) -> None:
+    """``vocab.json`` and ``merges.txt``, which older readers want, out of ``tokenizer.json``."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    write_text_atomically(folder / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
+    write_text_atomically(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
 
 
 def _pipeline_files(target: Path) -> list[Path]:
