@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 
 from controlroom.controls.guidance.guidance_interval import GuidanceInterval
-from controlroom.controls.guidance.self_attention_guidance import SelfAttentionGuidance, blurred
+from controlroom.controls.guidance.self_attention_guidance import SelfAttentionGuidance, blurred, looked_at
+from controlroom.controls.style.reference_only import ReferenceOnly
 from controlroom.core.control import Control, Declaration, Outline
 from controlroom.core.errors import ControlRoomError, InputError
 from controlroom.core.spec import RunSpec
@@ -147,6 +148,18 @@ def test_the_smoothing_is_the_published_one() -> None:
     torch.testing.assert_close(blurred(x), gaussian_blur_2d(x, 9, 1.0))
     # Latents with no room for a mirror keep their size.
     assert blurred(x[..., :4, :3]).shape == (2, 4, 4, 3)
+
+
+def test_joined_keys_change_nothing_of_where_the_picture_is_looked_at(pipe: Pipeline) -> None:
+    own = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    mask = looked_at(own, (3, 4))
+    assert mask.shape == (2, 1, 3, 4) and 0 < mask.sum() < mask.numel()
+    # Half, or all but nothing, of the attention goes to keys that another control has joined.
+    for share in (0.5, 1e-6):
+        joined = torch.cat([own * share, own * (1 - share)], dim=-1)
+        assert torch.equal(looked_at(joined, (3, 4)), mask)
+    style = ReferenceOnly(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    assert torch.isfinite(pipe(PROMPT, controls=[style, SelfAttentionGuidance()], **DRAW).images).all()
 
 
 class Windows:

@@ -69,8 +69,7 @@ class SelfAttentionGuidance(Control):
         if branch in call:
 
             def keep(probabilities: torch.Tensor) -> None:
-                attended = probabilities.mean(1).sum(1)
-                memory.mask = (attended > THRESHOLD).unflatten(1, call.site.hw)[:, None]
+                memory.mask = looked_at(probabilities, call.site.hw)
 
             call.read(branch, keep)
 
@@ -102,6 +101,17 @@ class _Memory:
 def _base(step: Step) -> str:
     """The branch without the prompt, or the one with it where there is no other."""
     return "uncond" if "uncond" in step.running else "cond"
+
+
+def looked_at(probabilities: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
+    """[rows, heads, queries, keys] -> [rows, 1, h, w]: the places that get more attention than the mean.
+
+    Of keys that another control has joined to the picture's own, which come first, nothing is asked.
+    """
+    own = probabilities[..., : hw[0] * hw[1]]
+    if own.shape[-1] < probabilities.shape[-1]:
+        own = own / own.sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
+    return (own.mean(1).sum(1) > THRESHOLD).unflatten(1, hw)[:, None]
 
 
 def blurred(latents: torch.Tensor) -> torch.Tensor:
