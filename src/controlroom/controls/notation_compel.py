@@ -234,7 +234,7 @@ def write(prompt: Prompt) -> str:
         InputError: something of A1111's that this notation does not have.
     """
     if prompt.joined == "compose":
-        if len(prompt.parts) > 1:
+        if len(prompt.parts) != 1:
             raise InputError("The notation of Compel has no AND. Write the prompt in that of A1111.")
         return _nodes(prompt.parts[0].content)
     prompts = ", ".join(f'"{_nodes(part.content)}"' for part in prompt.parts)

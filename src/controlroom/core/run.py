@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from controlroom.core.step import Step
 
 StateSource = Callable[["Step"], torch.Tensor]
+Filling = Callable[[str, Condition], Condition]
+"""Branch and its condition -> the condition with as many tokens as the run's texts have."""
 Forward = Callable[["Step", tuple[str, ...], str], dict[str, torch.Tensor]]
 
 
@@ -92,6 +94,7 @@ class Run:
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
     sources: dict[str, StateSource] = field(default_factory=dict)
     channels: dict[str, torch.Tensor] = field(default_factory=dict)
+    filling: Filling | None = None
     memories: dict[int, Any] = field(default_factory=dict)
     forward: Forward | None = None
     _packed: dict[tuple[str, ...], Condition] = field(default_factory=dict, repr=False)
@@ -135,6 +138,11 @@ class Run:
     def set_condition(self, branch: str, condition: ConditionSource) -> None:
         """What a branch is told: a condition, or a function of the step that gives it."""
         self.conditions[branch] = condition
+        self._packed.clear()
+
+    def fill_texts(self, filling: Filling) -> None:
+        """Fill up what every branch is told, whenever it is set: texts of different lengths cannot share a pass."""
+        self.filling = filling
         self._packed.clear()
 
     def set_initial(self, state: str, latents: torch.Tensor) -> None:

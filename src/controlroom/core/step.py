@@ -106,6 +106,8 @@ class Step:
         if source is None:
             raise RuntimeError(f"no control gave branch {branch!r} a condition (run.set_condition in prepare)")
         condition = source if isinstance(source, Condition) else source(self)
+        if self.run.filling is not None:
+            condition = self.run.filling(branch, condition)
         return condition.expand(self.run.plan.rows_of(branch))
 
     def sample(self, branch: str) -> torch.Tensor:

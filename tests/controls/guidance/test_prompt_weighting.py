@@ -238,11 +238,11 @@ class TestA1111:
         empty, _ = a1111(plains["sd1"], [[], []])
         close(told(pipes["sd1"], "a BREAK b", "uncond", negative_prompt="").tokens, empty)
         # Stable Diffusion XL is told zeros where no negative prompt is given, and stays so.
-        with opened(pipes["sdxl"], control := PromptWeighting(), prompt="a BREAK b") as run:
-            control.before(cast(Step, SimpleNamespace(run=run, memory=run.memory)))
+        with opened(pipes["sdxl"], PromptWeighting(), prompt="a BREAK b") as run:
             uncond = run.conditions["uncond"]
-            assert isinstance(uncond, Condition)
-            assert uncond.tokens.shape[1] == 2 * LENGTH and not uncond.tokens.any()
+            assert isinstance(uncond, Condition) and run.filling is not None
+            tokens = run.filling("uncond", uncond).tokens
+            assert tokens.shape[1] == 2 * LENGTH and not tokens.any()
 
 
 # What compel 2.5.1 gave, with torch 2.13 and transformers 5.23, for `Compel(tokenizer=tiny_tokenizer(),

@@ -33,6 +33,7 @@ from controlroom.core.branch import IMAGE, Branch, Condition, ConditionSource
 from controlroom.core.claims import Claim
 from controlroom.core.control import Control, Declaration, Outline, Texts
 from controlroom.core.errors import ConflictError, InputError
+from controlroom.core.plan import Plan
 from controlroom.core.run import Run
 from controlroom.core.step import Step
 
@@ -144,14 +145,12 @@ class PromptWeighting(Control):
 
     # A run.
 
-    def prepare(self, run: Run) -> _Memory:
-        """Encode every text, and tell the branches."""
+    def prepare(self, run: Run) -> torch.Tensor | None:
+        """Encode every text, and tell the branches. Its memory: the weights of AND, [prompts, images]."""
         prompts = [self._weighted(text) for text in run.prompts]
         texts = prompts[0].texts
         chunks = max(texts.chunks(tokenizer) for tokenizer in run.backbone.tokenizers())
         length = chunks * int(run.backbone.tokenizers()[0].model_max_length)
-        if chunks > 1:
-            self._check_others(run, chunks)
         positive, negative = self._encoder(run, False), self._encoder(run, True)
         told = _Told(run, length)
         parts = max(_parts(prompt.tree) for prompt in prompts)
@@ -162,8 +161,19 @@ class PromptWeighting(Control):
             negatives = [text.tree if isinstance(text, WeightedPrompt) else None for text in run.negative_prompts]
             if any(tree is not None and not _plain(tree) for tree in negatives) or (chunks > 1 and all(negatives)):
                 told.tell("uncond", [tree or _NOTHING for tree in negatives], negative)
-        weights = torch.tensor([_weights(prompt.tree, parts, self.scale) for prompt in prompts]).T
-        return _Memory(positive, negative, length, weights if parts > 1 else None, filled=chunks == 1)
+        if chunks > 1:
+            self._check_others(run, chunks)
+            plan = run.plan
+            shared = {name for name in plan.branches if _pass(plan, name) == _pass(plan, "cond")}
+
+            def filling(branch: str, condition: Condition) -> Condition:
+                encoder = negative if plan.branches[branch].role == "uncond" else positive
+                return encoder.padded(condition, length) if branch in shared else condition
+
+            run.fill_texts(filling)
+        if parts == 1:
+            return None
+        return torch.tensor([_weights(prompt.tree, parts, self.scale) for prompt in prompts]).T
 
     def _encoder(self, run: Run, negative: bool) -> TextEncoder:
         return TextEncoder(run, self.weighting or self.dialect, self.scale, negative)
@@ -181,30 +191,13 @@ class PromptWeighting(Control):
 
     # A step.
 
-    def before(self, step: Step) -> None:
-        """Fill up what other controls tell their branches, once all have."""
-        memory: _Memory = step.memory(self)
-        if memory.filled:
-            return
-        memory.filled = True
-        run, plan = step.run, step.run.plan
-        for name, branch in plan.branches.items():
-            # Only what shares the picture's pass.
-            if name in run.conditions and (plan.network_of(name), plan.hw_of(name)) == (
-                plan.network_of("cond"),
-                plan.hw_of("cond"),
-            ):
-                encoder = memory.negative if branch.role == "uncond" else memory.positive
-                run.set_condition(name, _filled(run.conditions[name], encoder, memory.length))
-
     def guide(self, step: Step, state: str) -> torch.Tensor | None:
         """The further prompts of AND."""
-        memory: _Memory = step.memory(self)
-        if memory.weights is None or state != IMAGE:
+        given: torch.Tensor | None = step.memory(self)
+        if given is None or state != IMAGE:
             return None
-        parts = [step.eps[_branch(part)] for part in range(len(memory.weights))]
-        views = parts[0].shape[0] // memory.weights.shape[1]
-        weights = memory.weights.repeat(1, views).to(parts[0])[:, :, None, None, None]
+        parts = [step.eps[_branch(part)] for part in range(len(given))]
+        weights = given.repeat(1, parts[0].shape[0] // given.shape[1]).to(parts[0])[:, :, None, None, None]
         uncond = step.role(state, "uncond")
         if uncond is None or step.i in step.run.plan.unguided:
             total = weights.sum(0)
@@ -215,17 +208,6 @@ class PromptWeighting(Control):
         weights = torch.cat([weights[:1] - 1, weights[1:]])
         guided = torch.stack([weight * (part - base) for weight, part in zip(weights, parts, strict=True)])
         return step.run.guidance.scale * guided.sum(0)
-
-
-@dataclass
-class _Memory:
-    """Encoders, tokens of every text, weights of AND [prompts, images], and whether all texts are filled up."""
-
-    positive: TextEncoder
-    negative: TextEncoder
-    length: int
-    weights: torch.Tensor | None
-    filled: bool
 
 
 @dataclass
@@ -266,10 +248,9 @@ class _Told:
 _NOTHING = parse("", "a1111")
 
 
-def _filled(source: ConditionSource, encoder: TextEncoder, length: int) -> ConditionSource:
-    if isinstance(source, Condition):
-        return encoder.padded(source, length)
-    return lambda step: encoder.padded(source(step), length)
+def _pass(plan: Plan, branch: str) -> tuple[object, ...]:
+    """Branches with the same share a pass."""
+    return plan.network_of(branch), plan.hw_of(branch)
 
 
 def _branch(part: int) -> str:
@@ -289,6 +270,5 @@ def _weights(tree: Prompt, parts: int, scale: float) -> list[float]:
 
 def _plain(tree: Prompt) -> bool:
     """Whether a prompt says nothing that its words do not."""
-    if len(tree.parts) > 1 or tree.joined != "compose":
-        return False
-    return all(isinstance(node, Text) for node in tree.parts[0].content)
+    nodes = [node for part in tree.parts for node in part.content]
+    return len(tree.parts) == 1 and tree.joined == "compose" and all(isinstance(node, Text) for node in nodes)
