@@ -114,7 +114,9 @@ class EditDirection:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             told = json.loads((header.get("__metadata__") or {}).get(KEY, "{}"))
             source, target = (_mean(tensors[f"{side}_embeds"]) for side in ("source", "target"))
-            pooled = [_mean(tensors[key], 2) if key in tensors else None for key in ("source_pooled", "target_pooled")]
+            pooled, other_pooled = (
+                _mean(tensors[key], 2) if key in tensors else None for key in ("source_pooled", "target_pooled")
+            )
             names = [str(text) for text in told.get("names", ("", ""))]
             counts = [int(count) for count in told.get("counts", (0, 0))]
             kind = str(told.get("backbone", ""))
@@ -125,7 +127,7 @@ class EditDirection:
             raise InputError(
                 f"{name} is not a direction ({reason}). Give a file that `controlroom direction` wrote."
             ) from error
-        return cls(source, target, *pooled, kind, (names[0], names[1]), (counts[0], counts[1]))
+        return cls(source, target, pooled, other_pooled, kind, (names[0], names[1]), (counts[0], counts[1]))
 
 
 @torch.no_grad()

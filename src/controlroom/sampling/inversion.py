@@ -281,7 +281,7 @@ def _inverse_scheduler(run: Run) -> Any:
     """diffusers' inverse of the run's DDIM, at the same timesteps whatever their spacing."""
     from diffusers import DDIMInverseScheduler
 
-    inverse = DDIMInverseScheduler.from_config(run.scheduler.config)
+    inverse: Any = DDIMInverseScheduler.from_config(run.scheduler.config)
     inverse.num_inference_steps = run.scheduler.num_inference_steps
     inverse.timesteps = run.timesteps.flip(0)
     return inverse

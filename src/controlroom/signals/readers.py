@@ -71,8 +71,8 @@ class _QuestionPool(nn.Module):
         places = self.near(near) + F.interpolate(self.far(far), scale_factor=2.0) + self.position
         keys, values = self.key_value(self.norm(places.flatten(2).mT)).chunk(2, dim=-1)
         query = self.query.expand(len(near), -1, -1)
-        split = [t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (query, keys, values)]
-        pooled = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (query, keys, values))
+        pooled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return pooled + self.think(pooled)
 
 

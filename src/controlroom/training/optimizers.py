@@ -106,15 +106,16 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        gradients = [p.grad for p in parameters]
-        momenta = [self.state[p]["momentum"] for p in parameters]
+        values: list[Tensor] = [p.data for p in parameters]
+        gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        momenta: list[Tensor] = [self.state[p]["momentum"] for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         ahead = torch.stack(torch._foreach_lerp(gradients, momenta, self.momentum)).flatten(2)
         directions = orthogonalised(ahead)
         stretch = max(1.0, directions.shape[1] / directions.shape[2]) ** 0.5
-        torch._foreach_mul_(parameters, 1 - rate * decay)
-        steps = [d.view_as(p) for d, p in zip(directions, parameters, strict=True)]
-        torch._foreach_add_(parameters, steps, alpha=-rate * stretch)
+        torch._foreach_mul_(values, 1 - rate * decay)
+        steps = [d.view_as(p) for d, p in zip(directions, values, strict=True)]
+        torch._foreach_add_(values, steps, alpha=-rate * stretch)
 
 
 def _by_shape(parameters: Iterable[nn.Parameter], at_once: int = 16) -> Iterator[list[nn.Parameter]]:

@@ -123,8 +123,8 @@ class Pix2PixZero(Control):
         if tokens.shape[1:] != told.tokens.shape[1:]:
             raise InputError(
                 f"{self.label}: the embeddings of the direction are {list(tokens.shape[1:])}, the prompt's "
-                f"{list(told.tokens.shape[1:])} (length, width). Make the direction with this model, and leave out what "
-                "encodes long prompts."
+                f"{list(told.tokens.shape[1:])} (length, width). Make the direction with this model, and leave out "
+                "what encodes long prompts."
             )
 
     # A step.

@@ -56,7 +56,9 @@ def widened(unet: Any, channels: int) -> Any:
         raise ModelError(
             f"The UNet reads {unet.config.in_channels} channels already; expected one that draws pictures."
         )
-    wide = UNet2DConditionModel.from_config({**unet.config, "in_channels": int(unet.config.in_channels) + channels})
+    wide: Any = UNet2DConditionModel.from_config(
+        {**unet.config, "in_channels": int(unet.config.in_channels) + channels}
+    )
     weights = unet.state_dict()
     first = weights["conv_in.weight"]
     weights["conv_in.weight"] = torch.cat([first, first.new_zeros(len(first), channels, *first.shape[2:])], dim=1)
