@@ -33,9 +33,16 @@ if TYPE_CHECKING:
     )
     from controlroom.controls.guidance.prompt_weighting import PromptWeighting as PromptWeighting
     from controlroom.controls.guidance.self_attention_guidance import SelfAttentionGuidance as SelfAttentionGuidance
+    from controlroom.controls.guidance.self_guidance import SelfGuidance as SelfGuidance
     from controlroom.controls.guidance.semantic_guidance import SemanticEdit as SemanticEdit
     from controlroom.controls.guidance.semantic_guidance import SemanticGuidance as SemanticGuidance
     from controlroom.controls.guidance.smoothed_energy_guidance import SmoothedEnergyGuidance as SmoothedEnergyGuidance
+    from controlroom.controls.object_edits import CopyAppearance as CopyAppearance
+    from controlroom.controls.object_edits import CopyLayout as CopyLayout
+    from controlroom.controls.object_edits import KeepAppearance as KeepAppearance
+    from controlroom.controls.object_edits import KeepShape as KeepShape
+    from controlroom.controls.object_edits import Move as Move
+    from controlroom.controls.object_edits import Resize as Resize
     from controlroom.controls.personal.ip_adapter import IPAdapter as IPAdapter
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
@@ -88,6 +95,8 @@ _EXPORTS: dict[str, str] = {
     "AppearanceControl": "controlroom.controls.pose.appearance",
     "AttendAndExcite": "controlroom.controls.guidance.attend_and_excite",
     "ControlNet": "controlroom.controls.spatial.controlnet",
+    "CopyAppearance": "controlroom.controls.object_edits",
+    "CopyLayout": "controlroom.controls.object_edits",
     "EditDirection": "controlroom.controls.edit_direction",
     "FromInversion": "controlroom.controls.editing.from_inversion",
     "GuidanceInterval": "controlroom.controls.guidance.guidance_interval",
@@ -96,14 +105,19 @@ _EXPORTS: dict[str, str] = {
     "ImageToImage": "controlroom.controls.editing.image_to_image",
     "Imagic": "controlroom.controls.editing.imagic",
     "InstructPix2Pix": "controlroom.controls.editing.instruct_pix2pix",
+    "KeepAppearance": "controlroom.controls.object_edits",
+    "KeepShape": "controlroom.controls.object_edits",
     "MasaCtrl": "controlroom.controls.editing.masactrl",
+    "Move": "controlroom.controls.object_edits",
     "PerpNeg": "controlroom.controls.guidance.perp_neg",
     "PerturbedAttentionGuidance": "controlroom.controls.guidance.perturbed_attention_guidance",
     "Pix2PixZero": "controlroom.controls.editing.pix2pix_zero",
     "PromptToPrompt": "controlroom.controls.editing.prompt_to_prompt",
     "PromptWeighting": "controlroom.controls.guidance.prompt_weighting",
     "ReferenceOnly": "controlroom.controls.style.reference_only",
+    "Resize": "controlroom.controls.object_edits",
     "SelfAttentionGuidance": "controlroom.controls.guidance.self_attention_guidance",
+    "SelfGuidance": "controlroom.controls.guidance.self_guidance",
     "SemanticEdit": "controlroom.controls.guidance.semantic_guidance",
     "SemanticGuidance": "controlroom.controls.guidance.semantic_guidance",
     "SmoothedEnergyGuidance": "controlroom.controls.guidance.smoothed_energy_guidance",

@@ -741,8 +741,10 @@ SYSTEMS: tuple[System, ...] = (
         does="Position, size, shape and appearance of a named object.",
         code=("controlroom.controls.guidance.self_guidance:SelfGuidance",),
         backbones=SD,
+        status="working",
         neutral=SCALE_0,
-        proof="the published energies against their closed forms on synthetic attention maps",
+        proof="gradients of the published energies against their closed forms; a run against a loop that is written "
+        "out, on tiny random weights",
     ),
     System(
         number=47,
@@ -968,6 +970,7 @@ CONTROL_TYPES: dict[str, str] = {
     "prompt_weighting": "controlroom.controls.guidance.prompt_weighting:PromptWeighting",
     "reference_only": "controlroom.controls.style.reference_only:ReferenceOnly",
     "self_attention_guidance": "controlroom.controls.guidance.self_attention_guidance:SelfAttentionGuidance",
+    "self_guidance": "controlroom.controls.guidance.self_guidance:SelfGuidance",
     "semantic_guidance": "controlroom.controls.guidance.semantic_guidance:SemanticGuidance",
     "smoothed_energy_guidance": "controlroom.controls.guidance.smoothed_energy_guidance:SmoothedEnergyGuidance",
     "upscale": "controlroom.controls.editing.upscale:Upscale",

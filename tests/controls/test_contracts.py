@@ -19,9 +19,11 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from controlroom.catalog import CONTROL_TYPES, FURTHER, SYSTEMS, control_class, load
+from controlroom.controls.object_edits import Move
 from controlroom.core.control import Control
 from controlroom.core.errors import ConflictError, InputError
 from controlroom.core.spec import RunSpec
+from controlroom.sampling.inversion import invert
 from controlroom.sampling.pipeline import Pipeline
 from tests.controls.nets import tiny_controlnet, tiny_image_encoder, tiny_imagic, tiny_ip_adapter
 from tests.tiny import BACKBONES
@@ -46,6 +48,7 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "appearance_control": lambda folder: {"image": picture(0), "model": str(folder / "writer")},
     "attend_and_excite": lambda folder: {"words": ["cat"], "iterations": 1, "thresholds": {}, "step_size": 5.0},
     "controlnet": lambda folder: {"model": str(folder / "controlnet"), "image": picture(1)},
+    "from_inversion": lambda folder: {"inversion": str(folder / "inversion.safetensors")},
     "guidance_interval": lambda folder: {"guidance_end": 0.5},
     "guidance_rescale": lambda folder: {"scale": 0.7},
     "image_to_image": lambda folder: {"image": picture(4), "strength": 1.0},
@@ -59,10 +62,12 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "perp_neg": lambda folder: {"negatives": ["a blue hat", "night"], "scale": [1.0, 0.5]},
     "perturbed_attention_guidance": lambda folder: {"layers": ["mid", "up_blocks.0"]},
     "masactrl": lambda folder: {"source": "a green dog", "start_step": 0, "start_layer": 2},
+    "pix2pix_zero": lambda folder: {"source_embeds": ["a cat"], "target_embeds": ["a dog", "the dog"]},
     "prompt_to_prompt": lambda folder: {"source": "a green dog", "cross_replace": 0.5, "self_replace": 0.5},
     "prompt_weighting": lambda folder: {"text": "a (red:1.6) cat"},
     "reference_only": lambda folder: {"image": picture(3), "reference_adain": True},
     "self_attention_guidance": lambda folder: {},
+    "self_guidance": lambda folder: {"edits": [Move("cat", by=(0.2, 0.0))], "scale": 100.0},
     "semantic_guidance": lambda folder: {
         "edits": [{"prompt": "a hat", "warmup": 0}, {"prompt": "a dog", "reverse": True, "warmup": 1}]
     },
@@ -82,21 +87,24 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "perp_neg": {"scale": 0.0},
     "perturbed_attention_guidance": {"scale": 0.0},
     "masactrl": {"start_step": 2},
+    "pix2pix_zero": {"scale": 0.0},
     "prompt_to_prompt": {"cross_replace": 0.0, "self_replace": 0.0},
     "prompt_weighting": {"scale": 0.0},
     "reference_only": {"scale": 0.0},
     "self_attention_guidance": {"scale": 0.0},
+    "self_guidance": {"scale": 0.0},
     "semantic_guidance": {"edits": []},
     "smoothed_energy_guidance": {"scale": 0.0},
 }
 
-NEVER_NEUTRAL = ("image_to_image", "instruct_pix2pix", "upscale")
+NEVER_NEUTRAL = ("from_inversion", "image_to_image", "instruct_pix2pix", "upscale")
 """Controls that start from or look at a picture in any case."""
 
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "appearance_control": ("image", "model", "scale"),
     "attend_and_excite": ("indices", "words", "iterations", "thresholds", "step_size"),
     "controlnet": ("model", "image", "scale", "start", "end", "mask", "guess_mode"),
+    "from_inversion": ("inversion", "strength"),
     "guidance_interval": ("guidance_start", "guidance_end"),
     "guidance_rescale": ("scale", "start", "end"),
     "image_to_image": ("image", "strength"),
@@ -106,10 +114,12 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "perp_neg": ("negatives", "scale", "start", "end"),
     "perturbed_attention_guidance": ("scale", "layers"),
     "masactrl": ("source", "start_step", "start_layer"),
+    "pix2pix_zero": ("source_embeds", "target_embeds", "scale"),
     "prompt_to_prompt": ("source", "cross_replace", "self_replace", "reweight", "local_blend"),
     "prompt_weighting": ("text", "dialect", "negative", "scale"),
     "reference_only": ("image", "style_fidelity"),
     "self_attention_guidance": ("scale",),
+    "self_guidance": ("edits", "scale"),
     "semantic_guidance": ("edits", "momentum_scale", "momentum_beta"),
     "smoothed_energy_guidance": ("scale", "layers"),
     "upscale": ("image", "strength"),
@@ -140,6 +150,9 @@ class Stage:
         BACKBONES[kind](seed=9).unet.save_pretrained(folder / "writer")
         tiny_image_encoder().save_pretrained(folder / "image_encoder")
         save_file(tiny_ip_adapter(plain.unet), str(folder / "ip_adapter.safetensors"))
+        size = {"height": DRAW["height"], "width": DRAW["width"], "num_inference_steps": DRAW["num_inference_steps"]}
+        inverted = invert(Pipeline.from_diffusers(plain), picture(7), DRAW["prompt"], measure=False, **size)
+        inverted.save(folder / "inversion.safetensors")
 
     def control(self, name: str, **settings: Any) -> Control:
         found = control_class(name)(**{**SETTINGS[name](self.folder), **settings})

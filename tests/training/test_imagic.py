@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from controlroom.controls.editing.image_to_image import ImageToImage
 from controlroom.controls.editing.imagic import EMBEDDING, UNET, Imagic
-from controlroom.core.errors import InputError
+from controlroom.core.errors import InputError, ModelError
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.tasks.enhance import EnhanceOptions, enhance
 from controlroom.training.checkpoint import ResumeError
@@ -199,6 +199,8 @@ def test_bad_input_is_told(tmp_path: Path, pipe: Pipeline) -> None:
     ):
         with pytest.raises(InputError, match=said):
             fit_imagic(pipe, image, prompt, tmp_path, one.model_copy(update=more))
+    with pytest.raises(ModelError, match="reads 8 channels, not 4"):
+        fit_imagic(Pipeline.from_diffusers(tiny_sd1(in_channels=8)), picture(), PROMPT, tmp_path, one)
     fit_imagic(pipe, picture(), PROMPT, tmp_path, one)
     for image, prompt in ((picture(1), PROMPT), (picture(), "a dog")):
         with pytest.raises(ResumeError, match="fingerprint"):

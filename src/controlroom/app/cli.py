@@ -16,6 +16,8 @@ from typing import Annotated
 import typer
 
 from controlroom.app.commands.controls import controls
+from controlroom.app.commands.direction import direction
+from controlroom.app.commands.evaluate import evaluate
 from controlroom.app.commands.explain import explain
 from controlroom.app.commands.generate import generate
 from controlroom.app.commands.replay import replay
@@ -30,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, retarget, explain, replay, controls):
+for _command in (generate, retarget, evaluate, direction, explain, replay, controls):
     app.command()(_command)
 
 

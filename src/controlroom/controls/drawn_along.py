@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from controlroom.core.branch import Branch, Condition, State
+from controlroom.core.branch import Branch, Condition, ConditionSource, State
 from controlroom.core.control import Outline
 from controlroom.core.errors import InputError
 from controlroom.core.run import Run
@@ -57,23 +57,46 @@ class DrawnAlong:
             if role in outline.text_branches
         )
 
-    def tell(self, run: Run, prompts: Sequence[str]) -> None:
-        """Set what its branches are told: these prompts, one for each image, and for the rest what the run is told."""
-        unique = list(dict.fromkeys(prompts))
-        condition = run.encode_text(unique).take([unique.index(text) for text in prompts])
-        cond = run.conditions["cond"]
-        if isinstance(cond, Condition):
-            # The sizes that Stable Diffusion XL is told are the run's.
-            condition = replace(condition, time_ids=cond.time_ids)
-        run.set_condition(self.cond, condition)
+    def tell(self, run: Run, prompts: Sequence[str] | None) -> None:
+        """Set what its branches are told: these prompts, one for each image, and for the rest what the run is told.
+
+        None: the run's own prompts, in whatever way another control encodes them.
+        """
+        if prompts is None:
+            run.set_condition(self.cond, _as("cond"))
+        else:
+            unique = list(dict.fromkeys(prompts))
+            condition = run.encode_text(unique).take([unique.index(text) for text in prompts])
+            cond = run.conditions["cond"]
+            if isinstance(cond, Condition):
+                # The sizes that Stable Diffusion XL is told are the run's.
+                condition = replace(condition, time_ids=cond.time_ids)
+            run.set_condition(self.cond, condition)
         if self.uncond in run.plan.branches:
-            run.set_condition(self.uncond, _unguided)
+            run.set_condition(self.uncond, _as("uncond"))
+
+    def check(self, step: Step, label: str) -> None:
+        """Whether its branches run in the same pass as those of the picture, which read them.
+
+        Raises:
+            InputError: they are told texts of different lengths, which cannot share a pass.
+        """
+        own, other = (step.condition(name).tokens.shape[1] for name in (self.cond, "cond"))
+        if own != other:
+            raise InputError(
+                f"{label}: the source prompt is encoded as {own} tokens and the prompt as {other}, so they cannot be "
+                f"drawn in one pass. Shorten the prompt, or leave out the control that encodes long ones."
+            )
 
 
-def _unguided(step: Step) -> Condition:
-    """What ``uncond`` is told, also where another control sets it later or step by step (null-text inversion)."""
-    source = step.run.conditions["uncond"]
-    return source if isinstance(source, Condition) else source(step)
+def _as(branch: str) -> ConditionSource:
+    """What a branch is told, also where another control sets it later or step by step (null-text inversion)."""
+
+    def told(step: Step) -> Condition:
+        source = step.run.conditions[branch]
+        return source if isinstance(source, Condition) else source(step)
+
+    return told
 
 
 def source_prompts(source: str | Sequence[str], prompts: Sequence[str], label: str) -> list[str]:

@@ -26,6 +26,7 @@ from controlroom.core.control import Control
 from controlroom.core.errors import InputError, ModelError
 from controlroom.core.inputs import file_hash
 from controlroom.core.pose import Pose
+from controlroom.core.spec import RunSpec
 from controlroom.data.theatre.captions import full_caption
 from controlroom.data.theatre.pairs import Pair, sample_pair
 from controlroom.data.theatre.render import render
@@ -133,16 +134,23 @@ def draw(pipe: Pipeline, name: str, numbers: range, trial: Trial) -> list[Image.
     if name in REFERENCES:
         true = [render(pair.target) for pair in pairs]
         return true if name == TRUTH else reconstructions(pipe.backbone.vae, true)
+    result = pipe.run(spec_of(name, numbers, trial))
+    size = (CANVAS, CANVAS)
+    return [p if p.size == size else p.resize(size, Image.Resampling.LANCZOS) for p in result.images]
+
+
+def spec_of(name: str, numbers: range, trial: Trial) -> RunSpec:
+    """The run by which a method draws consecutive pairs."""
+    pairs = [pair_number(number) for number in numbers]
     controls = METHODS[name].keepers([render(pair.source) for pair in pairs])
-    result = pipe(
-        [full_caption(pair.target) if trial.captions else "" for pair in pairs],
+    return RunSpec(
+        model=trial.model,
+        prompt=[full_caption(pair.target) if trial.captions else "" for pair in pairs],
         controls=[*controls, ControlNet(model=POSE, image=[pose_of(pair.target) for pair in pairs])],
         num_inference_steps=trial.steps,
         guidance_scale=trial.guidance_scale,
         seed=trial.seed + numbers.start,
     )
-    size = (CANVAS, CANVAS)
-    return [p if p.size == size else p.resize(size, Image.Resampling.LANCZOS) for p in result.images]
 
 
 def key_of(name: str, trial: Trial, readers: Sequence[Path]) -> str:

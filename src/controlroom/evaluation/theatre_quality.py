@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,16 @@ def two_object_quality(draw: Draw, reader: AttributeReader, count: int, batch_si
     colours: list[bool] = []
     for start, pictures in _drawn(draw, texts, batch_size):
         for scene, read in zip(scenes[start : start + batch_size], reader.read(pictures), strict=True):
-            kinds.append(all(read[prop.kind] != a.ABSENT for prop in scene.props))
-            colours.append(all(read[prop.kind] == prop.colour for prop in scene.props))
+            there, right = both_shown(read, scene)
+            kinds.append(there)
+            colours.append(right)
     return {"both kinds": share(kinds), "both kinds and colours": share(colours)}
+
+
+def both_shown(read: Mapping[str, str], scene: Scene) -> tuple[bool, bool]:
+    """Whether what was read has every prop of the scene, and whether it has each in its colour."""
+    there = all(read[prop.kind] != a.ABSENT for prop in scene.props)
+    return there, all(read[prop.kind] == prop.colour for prop in scene.props)
 
 
 def _drawn(draw: Draw, texts: Sequence[str], batch_size: int) -> Iterator[tuple[int, list[Image.Image]]]:

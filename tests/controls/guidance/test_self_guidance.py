@@ -16,11 +16,13 @@ from controlroom.controls.guidance.self_guidance import SelfGuidance
 from controlroom.controls.object_edits import (
     CopyAppearance,
     CopyLayout,
+    Goal,
     KeepAppearance,
     KeepShape,
     Move,
     Resize,
 )
+from controlroom.controls.object_energy import energy_of, grouped
 from controlroom.core.errors import ConflictError, ControlRoomError, InputError
 from controlroom.core.spec import RunSpec
 from controlroom.sampling.pipeline import Pipeline
@@ -182,7 +184,9 @@ def reference(name: str, kind: str, scale: float, scheduler: str = "ddim") -> tu
         if kind == "sdxl":
             c, _, pooled, _ = pipe.encode_prompt([text], device="cpu")
             ids = torch.tensor([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]], dtype=torch.float64)
-            both = [{"added_cond_kwargs": {"text_embeds": e, "time_ids": ids}} for e in (torch.zeros_like(pooled), pooled)]
+            both = [
+                {"added_cond_kwargs": {"text_embeds": e, "time_ids": ids}} for e in (torch.zeros_like(pooled), pooled)
+            ]
             told[text] = (torch.zeros_like(c), c, *both)
         else:
             c, u = pipe.encode_prompt([text], "cpu", 1, True)
@@ -248,12 +252,12 @@ def test_equals_the_loop_written_out(name: str, kind: str, scheduler: str) -> No
 
 FALLS: dict[str, tuple[dict[str, Any], float]] = {
     "move to": ({"edits": [Move("cat", to=(0.9, 0.5))]}, 300.0),
-    "move by": ({"edits": [Move("cat", by=(0.3, 0.0))]}, 300.0),
+    "move by": ({"edits": [Move("cat", by=(0.3, 0.0))]}, 1000.0),
     "resize to": ({"edits": [Resize("cat", to=0.8)]}, 30.0),
     "resize by": ({"edits": [Resize("cat", by=0.5)]}, 30.0),
-    "keep the outline, moved": ({"edits": [KeepShape("cat", by=(0.3, 0.0))]}, 30.0),
+    "keep the outline, moved": ({"edits": [KeepShape("cat", by=(0.3, 0.0))]}, 300.0),
     "keep the look": ({"edits": [KeepAppearance("cat", 1.0, "dog")], "source": SOURCE}, 300.0),
-    "copy the layout": ({"edits": [CopyLayout()], "source": "a red dog with a frog and a hat"}, 30.0),
+    "copy the layout": ({"edits": [CopyLayout()], "source": "a red dog with a frog and a hat"}, 100.0),
     "copy the looks": ({"edits": [CopyAppearance(weight=1.0)], "source": "a red dog with a frog and a hat"}, 300.0),
 }
 
@@ -282,50 +286,44 @@ def test_the_energy_falls_along_the_run(pipe: Pipeline, name: str) -> None:
     guided, left = (energies(pipe, SelfGuidance(**settings, **every, scale=s)) for s in (scale, 1e-9))
     assert len(guided) == len(left) == 6
     assert guided[0] == pytest.approx(left[0], rel=1e-4), "nothing has happened before the first step"
-    # Lower than in the picture without guidance at the end of the run, and on the way to it.
-    assert guided[-1] < 0.99 * left[-1]
-    assert sum(guided[1:]) < 0.995 * sum(left[1:])
+    # Lower on the way than in the picture without guidance, and no higher at the end, where the weight has gone to 0.
+    assert sum(guided[1:]) < 0.99 * sum(left[1:])
+    assert guided[1] < left[1] and guided[-1] < 1.005 * left[-1]
 
 
 def test_held_things_stay_nearer_to_where_they_are(pipe: Pipeline) -> None:
     """The same move twice: with the rest held, its outlines are closer to the original's."""
+    rest = grouped([Goal("shape", 1 / 3, k, k) for k in (A, AND, FROG)], (LENGTH, LENGTH), torch.device("cpu"))
+    plain = SelfGuidance.energy
 
     def others(**settings: Any) -> float:
-        control = SelfGuidance([Move("cat", to=(0.9, 0.1), weight=10.0)], 30.0, every=1, rest=0.0, **settings)
-        # A negligible look at the outlines of the rest, to measure them.
-        watched = control.model_copy(update={"edits": [*control.edits, KeepShape(["and", "a", "frog"], weight=1e-6)]})
-        parts: list[float] = []
-        plain = SelfGuidance.energy
+        apart: list[float] = []
 
         def energy(self: SelfGuidance, step: Any, round: int) -> Any:
-            from controlroom.controls.object_energy import energy_of
-
-            memory = step.memory(self)
-            shapes = [g for g in memory.groups[0] if g.quantity == "shape"]
-            even = [type(g)(**{**vars(g), "weight": torch.ones_like(g.weight)}) for g in shapes]
-            readings = [memory.reading(branch, 0) for branch in ("cond", "original/cond")]
-            parts.append(float(energy_of(even, *readings, 10.0).detach()) / sum(len(g.weight) for g in even))
+            found, original = (step.memory(self).reading(branch, 0) for branch in ("cond", "original/cond"))
+            apart.append(float(energy_of(rest, found, original, 10.0).detach()))
             return plain(self, step, round)
 
+        control = SelfGuidance([Move("cat", by=(0.3, 0.0), weight=30.0)], 30.0, every=1, rest=0.0, **settings)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(SelfGuidance, "energy", energy)
-            pipe(PROMPT, controls=[watched], **{**DRAW, "num_inference_steps": 6})
-        return parts[-1]
+            pipe(PROMPT, controls=[control], **{**DRAW, "num_inference_steps": 6})
+        return sum(apart[1:])
 
-    assert others(hold=["frog", "and", "a"], hold_shape=20.0, hold_appearance=0.0) < 0.9 * others(hold=[])
+    assert others(hold_shape=10.0, hold_appearance=0.0) < 0.9 * others(hold=[])
 
 
 def test_a_given_picture_is_looked_at_at_every_level(pipe: Pipeline) -> None:
     """Its layout is taken over; it costs no row in the main passes, and no step of a solver."""
     picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1))
-    control = SelfGuidance([CopyLayout(["cat", "frog"])], 30.0, image=picture, every=1, rest=0.0)
+    control = SelfGuidance([CopyLayout(["cat", "frog"])], 300.0, image=picture, every=1, rest=0.0)
     spec = RunSpec(prompt=PROMPT, controls=[control], **DRAW)
     result, planned = pipe.run(spec), pipe.explain(spec)
     assert not result.states
     cost = result.manifest["cost"]
     assert cost == {"unet_rows": 4 * 2 + 4 * 2, "unet_passes": 8, "energy_passes": 4, "side_rows": 0, "side_passes": 0}
     assert (planned.rows, planned.energy_rows) == ((2,) * 4, (2,) * 4)
-    guided, left = (energies(pipe, control.model_copy(update={"scale": scale})) for scale in (30.0, 1e-9))
+    guided, left = (energies(pipe, control.model_copy(update={"scale": scale})) for scale in (300.0, 1e-9))
     assert guided[-1] < 0.99 * left[-1]
     other = control.model_copy(update={"image": picture.flip(2)})
     assert (pipe(PROMPT, controls=[other], **DRAW).images - result.images).abs().max() > 1e-3
@@ -335,12 +333,12 @@ def test_a_given_picture_is_looked_at_at_every_level(pipe: Pipeline) -> None:
 
 def test_one_picture_for_each_prompt(pipe: Pipeline) -> None:
     pictures = [torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    edits = [CopyAppearance(["cat"], weight=1.0)]
+    edits = [CopyLayout(["cat"])]
     prompts = [PROMPT, "a red cat"]
-    together = pipe(prompts, controls=[SelfGuidance(edits, 300.0, image=pictures)], **DRAW)
+    together = pipe(prompts, controls=[SelfGuidance(edits, 100.0, image=pictures)], **DRAW)
     assert torch.isfinite(together.images).all()
-    swapped = pipe(prompts, controls=[SelfGuidance(edits, 300.0, image=pictures[::-1])], **DRAW)
-    assert all((a - b).abs().max() > 1e-5 for a, b in zip(together.images, swapped.images, strict=True))
+    swapped = pipe(prompts, controls=[SelfGuidance(edits, 100.0, image=pictures[::-1])], **DRAW)
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(together.images, swapped.images, strict=True))
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

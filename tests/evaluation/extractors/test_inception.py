@@ -15,6 +15,7 @@ from controlroom.core.errors import InputError, ModelError
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import sample_scene
 from controlroom.evaluation.extractor import Classifier, Distance, TextExtractor, label_of
+from controlroom.evaluation.extractors import inception
 from controlroom.evaluation.extractors.inception import FidInception, _clean, _legacy
 
 # `FeatureExtractorInceptionV3` of torch-fidelity (commit 5e211a9) with the weights of `weights` and the pictures of
@@ -71,18 +72,17 @@ def test_equals_torch_fidelity(file: Path) -> None:
     assert net.hash != clean.hash
 
 
-def test_other_files_are_refused(file: Path, tmp_path: Path) -> None:
-    tensors = torch.load(file, weights_only=True)
-    torch.save({**tensors, "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "torchvision.pth")
-    with pytest.raises(ModelError, match=r"fc\.weight.*1000"):
-        FidInception.load(tmp_path / "torchvision.pth")
-    torch.save({**tensors, "AuxLogits.fc.weight": torch.zeros(1)}, tmp_path / "aux.pth")
-    with pytest.raises(ModelError, match="AuxLogits"):
-        FidInception.load(tmp_path / "aux.pth")
-    del tensors["Mixed_7c.branch_pool.bn.running_var"]
-    torch.save(tensors, tmp_path / "cut.pth")
-    with pytest.raises(ModelError, match="lacks 'Mixed_7c"):
-        FidInception.load(tmp_path / "cut.pth")
+def test_other_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {key: torch.empty(value.shape, device="meta") for key, value in FidInception().state_dict().items()}
+    less = {key: value for key, value in tensors.items() if key != "Mixed_7c.branch_pool.bn.running_var"}
+    for given, said in (
+        ({**tensors, "fc.weight": torch.zeros(1000, 2048)}, r"fc\.weight.*1000"),  # torchvision's
+        ({**tensors, "AuxLogits.fc.weight": torch.zeros(1)}, "AuxLogits"),
+        (less, "lacks 'Mixed_7c"),
+    ):
+        monkeypatch.setattr(inception, "read_tensors", lambda path, what, given=given: given)
+        with pytest.raises(ModelError, match=said):
+            FidInception.load("weights.pth")
     with pytest.raises(InputError, match="legacy or clean"):
         FidInception("bilinear")  # type: ignore[arg-type]
 

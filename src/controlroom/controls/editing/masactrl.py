@@ -191,6 +191,7 @@ class MasaCtrl(Control):
 
     def before(self, step: Step) -> None:
         """Maps are those of one step."""
+        SOURCE.check(step, self.label)
         step.memory(self).maps.clear()
 
     def attention(self, call: AttentionCall) -> None:
@@ -235,6 +236,8 @@ class _Memory:
 
         def keep(probabilities: torch.Tensor) -> None:
             words = self.words[branch].to(probabilities)
+            # Beside longer prompts, what a branch is told is filled up at its end.
+            words = F.pad(words, (0, probabilities.shape[-1] - words.shape[-1]))
             found = (probabilities.mean(1) @ words[:, :, None])[..., 0]
             self.maps.setdefault(branch, {})[site.name] = found.reshape(-1, 1, *site.hw)
 

@@ -29,7 +29,7 @@ from controlroom.controls.editing.imagic import EMBEDDING, Imagic
 from controlroom.controls.source_pixels import natural_pixels, stretched
 from controlroom.core.branch import Condition
 from controlroom.core.control import describe
-from controlroom.core.errors import ControlRoomError, InputError
+from controlroom.core.errors import ControlRoomError, InputError, ModelError
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.checkpoint import storable
 from controlroom.training.loop import TrainResult, train
@@ -199,6 +199,7 @@ def fit_imagic(
     Raises:
         UnfinishedError: stopped by SIGTERM, Ctrl-C or `ImagicSettings.stop_after_seconds`; call again to continue.
         InputError: a picture or prompt that cannot be used.
+        ModelError: a network that reads more than latents.
         ResumeError: the folder holds a fit of another picture, prompt or model, or with other settings.
     """
     chosen, started, folder = settings or ImagicSettings(), time.monotonic(), Path(folder)
@@ -222,6 +223,12 @@ def fit_imagic(
 
 def _trainable(pipe: Pipeline, unet: Any = None) -> Backbone:
     """The pipeline's backbone with a float32 copy of its UNet, free of hooks."""
+    reads, drawn = int(pipe.unet.config.in_channels), pipe.backbone.latent_channels
+    if reads != drawn:
+        raise ModelError(
+            f"The network reads {reads} channels, not {drawn}: it edits or fills pictures. Fit the checkpoint that it "
+            'was made from, and draw with network="base" and an instruction.'
+        )
     if unet is None:
         from accelerate.hooks import remove_hook_from_module
 
