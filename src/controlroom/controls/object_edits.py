@@ -6,9 +6,16 @@ An edit is what a person writes; a goal is one term of an energy: a quantity of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from controlroom.backbones.words import PromptTokens
 from controlroom.core.control import Settings
@@ -69,6 +76,11 @@ class ObjectEdit(Settings):
         if value is not None and len(listed(value)) != len(listed(info.data.get("words") or [])):
             raise ValueError("as many words as source_words are needed")
         return value
+
+    @model_serializer(mode="wrap")
+    def _named(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Also where what is left at its default is not written: reading tells edits apart by it.
+        return {"type": type(self).model_fields["type"].default, **handler(self)}
 
     @property
     def moves(self) -> bool:
