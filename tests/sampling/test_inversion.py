@@ -83,7 +83,7 @@ def text_of(source: Any, prompt: str) -> tuple[Told, Told]:
 @torch.no_grad()
 def walked(source: Any, image: Image.Image, prompt: str, steps: int, scale: float = 1.0) -> list[torch.Tensor]:
     """DDIM inversion, written out with diffusers' inverse scheduler."""
-    scheduler = DDIMInverseScheduler.from_config(source.scheduler.config)
+    scheduler: Any = DDIMInverseScheduler.from_config(source.scheduler.config)
     scheduler.set_timesteps(steps)
     (cond, more), (uncond, _) = text_of(source, prompt)
     latents = [encoded(source, image)]
@@ -187,15 +187,10 @@ class TestRegularised:
     @pytest.mark.parametrize(("backbone", "scale"), [("sd1", 1.0), ("sd1", 2.0), ("sd2", 1.0)])
     def test_equals_diffusers(self, backbone: str, scale: float) -> None:
         source = BACKBONES[backbone]()
-        parts = {name: part for name, part in source.components.items() if name != "image_encoder"}
-        inverse = DDIMInverseScheduler.from_config(source.scheduler.config)
-        theirs = reference.StableDiffusionPix2PixZeroPipeline(
-            **parts,
-            inverse_scheduler=inverse,
-            caption_generator=None,
-            caption_processor=None,
-            requires_safety_checker=False,
-        )
+        parts: dict[str, Any] = {name: part for name, part in source.components.items() if name != "image_encoder"}
+        parts["inverse_scheduler"] = DDIMInverseScheduler.from_config(source.scheduler.config)
+        parts |= dict.fromkeys(("caption_generator", "caption_processor"))
+        theirs: Any = reference.StableDiffusionPix2PixZeroPipeline(**parts, requires_safety_checker=False)
         theirs.set_progress_bar_config(disable=True)
         with torch.no_grad():
             clean = encoded(source, picture())

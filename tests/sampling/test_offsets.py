@@ -28,7 +28,7 @@ class Aside(Control):
 def test_one_branch_is_moved_and_the_solver_is_not() -> None:
     pipe = Pipeline.from_diffusers(tiny_sd1())
     result = pipe("a cat", controls=[Aside()], **DRAW).images
-    source = tiny_sd1()
+    source: Any = tiny_sd1()
     source.scheduler.set_timesteps(3)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():

@@ -35,7 +35,7 @@ class WordMask(Settings):
             nearest there is.
     """
 
-    words: tuple[str, ...]
+    words: str | list[str] | tuple[str, ...]
     threshold: float = Field(default=0.3, ge=0, lt=1)
     resolution: int | None = Field(default=None, ge=1)
 
@@ -47,7 +47,7 @@ class WordMask(Settings):
             not listed or not all(isinstance(w, str) and w.strip() for w in listed)
         ):
             raise ValueError("expected words of the prompt, none of them empty")
-        return listed
+        return tuple(listed) if isinstance(listed, list | tuple) else listed
 
     def sites(self, outline: Outline) -> tuple[Site, ...]:
         """The cross-attention layers that are read, for a control's declaration."""

@@ -39,7 +39,7 @@ from controlroom.sampling.predict import predict
 from controlroom.sampling.regularisation import regularised
 from controlroom.sampling.solver import alpha_bars
 
-OnProgress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], Any]
 """Called with the number of steps done and of all."""
 NULL_TEXT_GUIDANCE = 7.5
 

@@ -94,7 +94,7 @@ def test_resizing() -> None:
     assert sized[0] == 0 and sized[-1] == 3
     assert float(sized[100]) == pytest.approx(100 * 4 / 299)
     assert float(sized[280]) == 3.0  # beyond the last pixel there is only itself
-    picture = np.asarray(render(sample_scene(0), 500).resize((500, 620)))
+    picture = np.array(render(sample_scene(0), 500).resize((500, 620)))
     found = _clean(torch.from_numpy(picture).permute(2, 0, 1)[None])[0]
     expected = np.asarray(Image.fromarray(picture).resize((299, 299), Image.Resampling.BICUBIC), np.float32)
     assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 1.5  # Pillow rounds bytes twice
