@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from controlroom.backbones import loading
+from controlroom.controls.editing.instruct_pix2pix import InstructPix2Pix
 from controlroom.core.errors import ModelError
 from controlroom.sampling.pipeline import Pipeline
 from tests.tiny import BACKBONES, tiny_sd1, tiny_unet
@@ -129,3 +132,41 @@ def test_ip_adapter_of_diffusers_must_be_unloaded_first() -> None:
     pipe.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
     with pytest.raises(ModelError, match="unload_ip_adapter"):
         Pipeline.from_diffusers(pipe)
+
+
+class TestTheatreWithAnotherNetwork:
+    @pytest.fixture
+    def theatre(self, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        folder = tmp_path / "theatre"
+        shutil.copytree(saved, folder)
+        monkeypatch.setattr(loading, "theatre_folder", lambda: folder)
+        return folder
+
+    def test_follows_instructions_with_all_other_parts_of_the_theatre(self, theatre: Path) -> None:
+        tiny_unet(seed=7, in_channels=8).save_pretrained(theatre / "instruct_pix2pix")
+        pipe, plain = (Pipeline.from_pretrained(name) for name in ("theatre/instruct_pix2pix", "theatre"))
+        assert pipe.model == "theatre/instruct_pix2pix" and pipe.unet.config.in_channels == 8
+        for part in ("vae", "text_encoder"):
+            ours, theirs = (getattr(p.to_diffusers(), part).state_dict() for p in (pipe, plain))
+            assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+        own = tiny_unet(seed=7, in_channels=8).state_dict()
+        assert all(torch.equal(value, own[name]) for name, value in pipe.unet.state_dict().items())
+        pictures = [torch.full((3, 32, 32), value) for value in (0.2, 0.8)]
+        drawn = [pipe("a red hat", controls=[InstructPix2Pix(picture)], **DRAW).images for picture in pictures]
+        assert torch.isfinite(drawn[0]).all() and not torch.equal(*drawn)
+        assert Pipeline.from_pretrained("theatre/instruct_pix2pix", dtype=torch.bfloat16).dtype == torch.bfloat16
+
+    def test_what_is_not_there_or_no_model_is_named(self, theatre: Path) -> None:
+        tiny_unet(seed=5).save_pretrained(theatre / "appearance")
+        for name, said in (
+            ("theatre/instruct_pix2pix", "has no 'theatre/instruct_pix2pix'. It has: appearance"),
+            ("theatre/appearance", "'theatre/appearance' is a part of the theatre that a control takes"),
+            ("theatre/vae", "'theatre/vae' is a part of the theatre"),
+            ("theatre/../theatre/unet", "has no"),
+        ):
+            with pytest.raises(ModelError, match=re.escape(said)):
+                Pipeline.from_pretrained(name)
+        tiny_unet(seed=7, in_channels=8).save_pretrained(theatre / "instruct_pix2pix")
+        drop_key("instruct_pix2pix", "conv_in.weight")(theatre)
+        with pytest.raises(ModelError, match=r"instruct_pix2pix lacks the weights 'conv_in\.weight'"):
+            Pipeline.from_pretrained("theatre/instruct_pix2pix")

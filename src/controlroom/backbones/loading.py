@@ -200,7 +200,8 @@ def load_backbone(
     """Load a checkpoint: the backbone and the diffusers pipeline that holds its components.
 
     Args:
-        model: ``theatre``, a folder in diffusers' layout, a hub id, or a single ``.safetensors`` file.
+        model: ``theatre``, a folder in diffusers' layout, a hub id, or a single ``.safetensors`` file; or
+            ``theatre/instruct_pix2pix``, the theatre with that network.
         dtype: precision; None: float32.
         variant: files of a variant, e.g. ``fp16``.
         revision: branch, tag or commit on the hub.
@@ -219,7 +220,9 @@ def load_backbone(
         )
     if name == THEATRE and not (path / "model_index.json").is_file():
         raise ModelError(f"The theatre's checkpoint is not in this installation ({path}). Reinstall the package.")
-    if path.is_dir():
+    if name.startswith(f"{THEATRE}/") and not path.exists():
+        pipeline = _load_theatre_with(name, dtype)
+    elif path.is_dir():
         check_folder(path, variant)
         pipeline = _load_folder(path, dtype, variant)
     elif path.is_file():
@@ -229,6 +232,28 @@ def load_backbone(
     else:
         pipeline = _load_hub(name, dtype, variant, revision)
     return backbone_from_components(pipeline), pipeline
+
+
+def _load_theatre_with(name: str, dtype: torch.dtype | None) -> Any:
+    """The theatre with another network in the place of its own: one that reads further input channels."""
+    from diffusers import UNet2DConditionModel
+
+    folder, whole = find_model(name), theatre_folder()
+    check_folder(whole)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    own = read_json(whole / "unet" / "config.json")["in_channels"]
+    if config.get("_class_name") != "UNet2DConditionModel" or config.get("in_channels", own) <= own:
+        raise ModelError(f"{name!r} is a part of the theatre that a control takes, not a model. Give {THEATRE!r}.")
+    pipeline = _load_folder(whole, dtype, None)
+    unet: Any = explained(
+        str(folder),
+        lambda: UNet2DConditionModel.from_pretrained(
+            str(folder), torch_dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True
+        ),
+    )
+    check_keys(unet, folder)
+    pipeline.register_modules(unet=unet.eval())
+    return pipeline
 
 
 def _load_folder(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:

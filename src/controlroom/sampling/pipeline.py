@@ -56,7 +56,8 @@ class Pipeline:
         """Load a model.
 
         Args:
-            model: ``theatre`` (in the package), a folder in diffusers' layout, a hub id, or a ``.safetensors`` file.
+            model: ``theatre`` (in the package), ``theatre/instruct_pix2pix`` (the same with the network that follows
+                instructions), a folder in diffusers' layout, a hub id, or a ``.safetensors`` file.
             torch_dtype: precision; None: float32. ``dtype`` is another name for it.
             variant: files of a variant, e.g. ``fp16``.
             revision: branch, tag or commit on the hub.
