@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
     from controlroom.controls.style.reference_only import ReferenceOnly as ReferenceOnly
+    from controlroom.controls.style.style_aligned import StyleAligned as StyleAligned
     from controlroom.controls.word_mask import WordMask as WordMask
     from controlroom.core.control import Control as Control
     from controlroom.core.errors import ConflictError as ConflictError
@@ -121,6 +122,7 @@ _EXPORTS: dict[str, str] = {
     "SemanticEdit": "controlroom.controls.guidance.semantic_guidance",
     "SemanticGuidance": "controlroom.controls.guidance.semantic_guidance",
     "SmoothedEnergyGuidance": "controlroom.controls.guidance.smoothed_energy_guidance",
+    "StyleAligned": "controlroom.controls.style.style_aligned",
     "Upscale": "controlroom.controls.editing.upscale",
     "WordMask": "controlroom.controls.word_mask",
     "edit_direction": "controlroom.controls.edit_direction",

@@ -644,8 +644,9 @@ SYSTEMS: tuple[System, ...] = (
         does="A consistent style over a set, or from a reference.",
         code=("controlroom.controls.style.style_aligned:StyleAligned",),
         backbones=SD,
+        status="working",
         neutral=SCALE_0,
-        proof="transcription of the published shared attention in the test",
+        proof="transcription of the published shared attention, AdaIN and norms in the test",
     ),
     System(
         number=40,
@@ -973,6 +974,7 @@ CONTROL_TYPES: dict[str, str] = {
     "self_guidance": "controlroom.controls.guidance.self_guidance:SelfGuidance",
     "semantic_guidance": "controlroom.controls.guidance.semantic_guidance:SemanticGuidance",
     "smoothed_energy_guidance": "controlroom.controls.guidance.smoothed_energy_guidance:SmoothedEnergyGuidance",
+    "style_aligned": "controlroom.controls.style.style_aligned:StyleAligned",
     "upscale": "controlroom.controls.editing.upscale:Upscale",
 }
 

@@ -72,6 +72,7 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "edits": [{"prompt": "a hat", "warmup": 0}, {"prompt": "a dog", "reverse": True, "warmup": 1}]
     },
     "smoothed_energy_guidance": lambda folder: {"layers": "up", "sigma": 2.0},
+    "style_aligned": lambda folder: {"reference": picture(8), "prompt": "a blue dog"},
     "upscale": lambda folder: {"image": picture(6).resize((8, 8)), "strength": 1.0},
 }
 """Type of a control -> settings with which it acts, of what lies in a folder made by `files`."""
@@ -95,6 +96,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "self_guidance": {"scale": 0.0},
     "semantic_guidance": {"edits": []},
     "smoothed_energy_guidance": {"scale": 0.0},
+    "style_aligned": {"scale": 0.0},
 }
 
 NEVER_NEUTRAL = ("from_inversion", "image_to_image", "instruct_pix2pix", "upscale")
@@ -122,6 +124,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "self_guidance": ("edits", "scale"),
     "semantic_guidance": ("edits", "momentum_scale", "momentum_beta"),
     "smoothed_energy_guidance": ("scale", "layers"),
+    "style_aligned": ("reference", "scale"),
     "upscale": ("image", "strength"),
 }
 """Positional arguments that checks from outside rely on (DESIGN.md, section 9)."""

@@ -100,4 +100,7 @@ def feature_sites(unet: Any, hw: tuple[int, int]) -> tuple[Site, ...]:
             "upsamplers": "upsample",
         }[part]
         add(name, kind, place, number, size, int(channels))
+    last = getattr(unet, "conv_norm_out", None)
+    if isinstance(last, nn.GroupNorm):
+        add("conv_norm_out", "norm", "up", len(unet.up_blocks) - 1, hw, last.num_channels)
     return tuple(found)
