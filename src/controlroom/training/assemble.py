@@ -24,6 +24,7 @@ PARTS = {
     "pose": "pose",
     "appearance": "appearance",
     "retarget": ".",  # the joint stage, which writes both over
+    "controlnet_multi": "multi",
     "ip_adapter": "ip_adapter",
     "instruct_pix2pix": "instruct_pix2pix",
 }

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from controlroom.backbones.controlnet import CONDITION_KINDS
 from controlroom.training.hardware import keep_freed_memory
 from controlroom.training.loop import train
 from controlroom.training.recipe import Recipe
@@ -83,6 +85,12 @@ def _retarget() -> Recipe[Any]:
         controlnet_folder=RUNS / "pose/weights",
         appearance_folder=RUNS / "appearance/weights",
     )
+
+
+def _controlnet(kind: str) -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_controlnet import TheatreControlNet
+
+    return TheatreControlNet(*_trained_parts(), RUNS / "latents", kind, SCENES)
 
 
 def _ip_adapter() -> Recipe[Any]:
@@ -177,6 +185,14 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         _retarget,
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.004, "learning_rate": 4e-4},
     ),
+    # One network for all kinds of condition ships; those for one kind each are what it is measured against.
+    **{
+        f"controlnet_{kind}": (
+            partial(_controlnet, kind),
+            _CONTROL | {"total_samples": samples, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
+        )
+        for kind, samples in (("multi", 400_000), *((kind, 200_000) for kind in CONDITION_KINDS))
+    },
     "ip_adapter": (
         _ip_adapter,
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},

@@ -327,5 +327,5 @@ def test_bad_models(pipe: Pipeline, plain: Any, tmp_path: Path) -> None:
 
 def test_positions_are_those_of_the_design() -> None:
     names = [name for name in ControlNet.model_fields if name != "type"]
-    assert names == ["model", "image", "scale", "start", "end", "mask", "guess_mode"]
+    assert names == ["model", "image", "scale", "start", "end", "mask", "guess_mode", "kind"]
     assert issubclass(InputError, ControlRoomError)

@@ -16,7 +16,13 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator
 
-from controlroom.backbones.controlnet import check_controlnet, load_controlnet
+from controlroom.backbones.controlnet import (
+    CONDITION_KINDS,
+    MULTI_CHANNELS,
+    check_controlnet,
+    load_controlnet,
+    with_kind,
+)
 from controlroom.backbones.loading import check_device, find_model, keep
 from controlroom.controls.condition_map import condition_map, mask_map, resized_mask, rows_of
 from controlroom.core.branch import Branch
@@ -26,6 +32,7 @@ from controlroom.core.errors import InputError, ModelError
 from controlroom.core.pose import Pose
 from controlroom.core.run import Run
 from controlroom.core.step import Step
+from controlroom.signals.signal import Kind
 
 
 @dataclass
@@ -62,6 +69,9 @@ class ControlNet(Control):
         mask: white where it may act; multiplies the residuals at each resolution. A list: one for each prompt.
         guess_mode: the branch without words gets no residuals, and residual k of n of the other ones is weighted from
             0.1 (finest) to 1 (coarsest), evenly in the logarithm. For prompts left empty; guidance of 3 to 5.
+        kind: for a network for several kinds of condition (``theatre/multi``), which one ``image`` is: canny,
+            soft_edge, lines, scribble, depth, normal, segmentation or pose. None: ``image`` is a tensor that has the
+            planes which say so, or the network knows one kind.
 
     Raises:
         InputError: at the start of a run: a condition or mask that cannot be read or does not fit the images.
@@ -76,6 +86,7 @@ class ControlNet(Control):
     end: float = Field(default=1.0, ge=0.0, le=1.0)
     mask: Any = None
     guess_mode: bool = False
+    kind: Kind | None = None
 
     @field_validator("image", mode="after")
     @classmethod
@@ -99,11 +110,27 @@ class ControlNet(Control):
 
     def prepare(self, run: Run) -> _Memory:
         net = self._network(run)
-        condition = condition_map(self.image, run, net.config.conditioning_channels)
+        condition = self._condition(run, int(net.config.conditioning_channels))
         mask = None if self.mask is None else mask_map(self.mask, run)
         if mask is not None and net.config.global_pool_conditions:
             raise InputError("This ControlNet pools its condition over the whole picture; leave mask out.")
         return _Memory(net, net.dtype, condition, mask, self.guess_mode or bool(net.config.global_pool_conditions))
+
+    def _condition(self, run: Run, channels: int) -> torch.Tensor:
+        """[images, channels, H, W]: the map, and the planes that say of which kind it is where the network asks."""
+        if self.kind is not None:
+            if channels != MULTI_CHANNELS:
+                raise InputError(
+                    f"{self.label}: this ControlNet reads {channels} channels, one kind of condition. Leave kind out, "
+                    "or give a network for several (theatre/multi)."
+                )
+            return with_kind(condition_map(self.image, run), self.kind)
+        if channels == MULTI_CHANNELS and not _has_planes(self.image):
+            raise InputError(
+                f"{self.label}: this ControlNet reads several kinds of condition. Say which one the image is: kind= "
+                f"{', '.join(CONDITION_KINDS)}."
+            )
+        return condition_map(self.image, run, channels)
 
     def _network(self, run: Run) -> Any:
         unet, backbone = run.backbone.unet, run.backbone
@@ -162,3 +189,9 @@ class ControlNet(Control):
             down = [x * resized_mask(mask, (x.shape[-2], x.shape[-1])).to(x) for x in down]
             mid = mid * resized_mask(mask, (mid.shape[-2], mid.shape[-1])).to(mid)
         return Residuals(names, tuple(x.to(run.dtype) for x in down), mid.to(run.dtype))
+
+
+def _has_planes(source: Any) -> bool:
+    """Whether a condition is a tensor (or a list of them) with the planes of its kind."""
+    items = source if isinstance(source, list | tuple) else [source]
+    return all(isinstance(x, torch.Tensor) and x.ndim >= 3 and x.shape[-3] == MULTI_CHANNELS for x in items)

@@ -24,16 +24,11 @@ from controlroom.data.theatre.scene import Dice
 from controlroom.data.theatre.vocabulary import WORLD_VERSION
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
+from controlroom.training.recipes.theatre_controlnet import new_controlnet
 from controlroom.training.recipes.theatre_pairs import EMPTY_SHARE, MOVED_SHARE, PairBatch, Pairs, pair_words
 
 ALONE_SHARE = 0.15
 """Samples of joint training that do not see the reference."""
-_WIDTHS = (8, 16, 32, 64, 96)
-
-
-def new_controlnet(unet: Any, halvings: int) -> ControlNetModel:
-    """A ControlNet that starts as the UNet's encoder; its condition is halved as often as the autoencoder halves."""
-    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=_WIDTHS[: halvings + 1])
 
 
 def target_words(pair: Pair, dice: Dice) -> str:
