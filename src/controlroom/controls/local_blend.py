@@ -30,10 +30,17 @@ class LocalBlend:
 
         def add(probabilities: torch.Tensor) -> None:
             words = self.words[branch].to(probabilities)
+            # Beside longer prompts, what a branch is told is filled up at its end.
+            words = F.pad(words, (0, probabilities.shape[-1] - words.shape[-1]))
             found = (probabilities.sum(1) @ words[:, :, None])[..., 0].reshape(-1, 1, *hw)
             self._maps[branch] = self._maps[branch] + found if branch in self._maps else found
 
         return add
+
+    @property
+    def seen(self) -> bool:
+        """Whether a layer was read yet."""
+        return bool(self._maps)
 
     def mask(self, hw: tuple[int, int] | torch.Size) -> torch.Tensor:
         """[rows, 1, h, w] in {0, 1} at the latents' size: 1 where a word of any branch is."""

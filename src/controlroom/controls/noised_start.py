@@ -10,14 +10,18 @@ from controlroom.core.random import draw
 from controlroom.core.run import Run
 
 
-def start_from(run: Run, latents: torch.Tensor) -> None:
+def start_from(run: Run, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Start the picture from scaled latents [1 or prompts or images, C, h, w] of the run's size, in ``prepare``.
 
     The noise is the picture's own, drawn as diffusers draws it: once for each image, before the noise of the steps.
+
+    Returns:
+        The latents and the noise, both [images, C, h, w].
     """
     latents = for_each_image(latents.to(device=run.device, dtype=run.dtype), run)
     noise = draw(run.streams.main, latents.shape, run.device, run.dtype)
     run.set_initial(IMAGE, run.scheduler.add_noise(latents, noise, run.timesteps[:1].repeat(latents.shape[0])))
+    return latents, noise
 
 
 def sampled_latents(run: Run, pixels: torch.Tensor) -> torch.Tensor:

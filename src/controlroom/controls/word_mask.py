@@ -2,7 +2,8 @@
 
 A control that takes a mask also takes ``"words: red hat"`` or a `WordMask`. The cross-attention maps of the words'
 tokens at one resolution, averaged over layers, heads and the steps so far, are cut at a share of their maximum. The
-mask so follows the picture that is being drawn; in the first steps it is coarse.
+mask so follows the picture that is being drawn; in the first steps it is coarse. What a control found last is in
+``result.masks``, and `RunResult.mask_picture` shows it.
 """
 
 from __future__ import annotations
@@ -59,14 +60,19 @@ class WordMask(Settings):
         """What gathers the maps of a run; once, in ``prepare``.
 
         Raises:
-            InputError: a word that no prompt has, or a prompt that has none of the words, each named.
+            InputError: a word that no prompt has, or a prompt that has none of the words, each named; a canvas that is
+                seen through windows, which show a word each where it is in them.
         """
+        if run.plan.views is not None:
+            raise InputError(
+                "A mask by words needs the whole picture in one view. Give a mask picture for this canvas."
+            )
         tokenizer = run.backbone.tokenizers()[0]
         prompts = [prompt_tokens(tokenizer, text) for text in run.prompts]
         for word in self.words:
             if not any(word in prompt for prompt in prompts):
                 prompts[0].find(word)
-        rows = torch.zeros(len(prompts), prompts[0].length)
+        rows = torch.zeros(len(prompts), max(prompt.length for prompt in prompts))
         for row, prompt in zip(rows, prompts, strict=True):
             for word in self.words:
                 if word in prompt:
@@ -91,6 +97,11 @@ class WordMaps:
         if call.phase == "main" and call.site.name in self._sites and self.branch in call:
             call.read(self.branch, self._blend.sink(self.branch, call.site.hw))
 
+    @property
+    def seen(self) -> bool:
+        """Whether a layer was read yet."""
+        return self._blend.seen
+
     def mask(self, hw: tuple[int, int] | torch.Size) -> torch.Tensor:
         """[rows, 1, h, w] in {0, 1}, from the steps so far; after the first main pass."""
         return self._blend.mask(hw)
@@ -103,6 +114,8 @@ def read_mask(value: Any) -> Any:
     ('red hat', 'shirt')
     """
     value = inputs.decode(value)
+    if isinstance(value, list | tuple):
+        return type(value)(read_mask(item) for item in value)
     if isinstance(value, dict):
         return WordMask(**value)
     if isinstance(value, str) and value.strip().lower().startswith(PREFIX) and not os.path.exists(value):

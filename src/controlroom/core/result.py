@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from controlroom.core.spec import RunSpec
 
@@ -24,6 +25,8 @@ class RunResult:
             (hash of every input), ``replayable`` and, where it is false, ``reasons``.
         states: final latents of the other pictures that controls drew along, by name (``source`` of Prompt-to-Prompt);
             `Pipeline.decode` shows them.
+        masks: where controls found the words of their masks at the last step: [images, 1, height, width] in [0, 1], by
+            control (``FromInversion.mask``); `mask_picture` shows them.
         spec: the specification the run was made from, with the seed that was used.
         cancelled: the run was stopped before its last step.
     """
@@ -35,6 +38,27 @@ class RunResult:
     cancelled: bool = False
     states: dict[str, torch.Tensor] = field(default_factory=dict)
     texts: list[dict[str, str]] = field(default_factory=list, repr=False)
+    masks: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def mask_picture(self, name: str | None = None, index: int = 0) -> Image.Image:
+        """A mask that was found by words, as a grey picture of the run's size.
+
+        Args:
+            name: which one; None: the only one.
+            index: of which picture.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        from PIL import Image
+
+        from controlroom.core.errors import InputError
+
+        known = ", ".join(self.masks) or "none"
+        if name not in self.masks and not (name is None and len(self.masks) == 1):
+            raise InputError(f"This run found no mask {name!r} by words; it found: {known}.")
+        mask = self.masks[name or next(iter(self.masks))][index, 0]
+        return Image.fromarray((mask.float().clamp(0, 1) * 255).round().byte().cpu().numpy())
 
     def save(self, path: str | os.PathLike[str], index: int = 0) -> None:
         """Write picture ``index`` as PNG with its manifest, so that ``controlroom replay`` can draw it again.

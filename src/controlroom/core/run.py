@@ -76,6 +76,8 @@ class Run:
         eta: of DDIM.
         clip_skip: layers of CLIP that every prompt of the run leaves out at the end.
         cost: what was spent so far.
+        masks: what controls found by themselves where they were given words: name ->
+            [images, 1, height, width] in [0, 1].
     """
 
     backbone: Backbone
@@ -95,9 +97,11 @@ class Run:
     sources: dict[str, StateSource] = field(default_factory=dict)
     channels: dict[str, torch.Tensor] = field(default_factory=dict)
     filling: Filling | None = None
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
     memories: dict[int, Any] = field(default_factory=dict)
+    attached: dict[int, Any] = field(default_factory=dict)
     forward: Forward | None = None
-    _packed: dict[tuple[str, ...], Condition] = field(default_factory=dict, repr=False)
+    _packed: dict[tuple[tuple[str, ...], int], Condition] = field(default_factory=dict, repr=False)
     _reach: dict[tuple[int, str], bool] = field(default_factory=dict, repr=False)
 
     @property
@@ -181,6 +185,10 @@ class Run:
         """What the control's ``prepare`` returned."""
         return self.memories[self.plan.indices[id(control)]]
 
+    def attachment(self, control: Control) -> Any:
+        """What the context of the control's ``attach`` gave on entering."""
+        return self.attached[self.plan.indices[id(control)]]
+
     def noise(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Standard normal noise from the stream ``name``, row i from image i; see `Streams`."""
         return self.streams.normal(name, shape, self.device, self.dtype)
@@ -197,9 +205,10 @@ class Run:
     def packed(self, step: Step, layout: Layout) -> Condition:
         """Conditions of a pass joined row by row; kept while they stay the same."""
         if all(isinstance(self.conditions.get(name), Condition) for name in layout.names):
-            if layout.names not in self._packed:
-                self._packed[layout.names] = _join([step.condition(name) for name in layout.names])
-            return self._packed[layout.names]
+            key = (layout.names, layout.total)
+            if key not in self._packed:
+                self._packed[key] = _join([step.condition(name) for name in layout.names])
+            return self._packed[key]
         return _join([step.condition(name) for name in layout.names])
 
 

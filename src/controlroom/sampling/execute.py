@@ -70,6 +70,7 @@ def plan_run(backbone: Backbone, spec: RunSpec) -> Prepared:
         attention=backbone.attention_sites(hw),
         features=backbone.feature_sites(hw),
         prompts=prompts,
+        input_channels=int(backbone.unet.config.in_channels),
     )
 
     def sites_for(hw: tuple[int, int]) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
@@ -107,9 +108,20 @@ def run_spec(
     final = picture(progress)
     manifest = manifest_of(run, spec, progress.cancelled, reasons)
     texts = [png_text(manifest, run, spec, index) for index in range(run.images)]
-    images = final if spec.output_type == "latent" else to_images(backbone.decode(final), spec.output_type, texts)
+    images = final if spec.output_type == "latent" else to_images(_developed(run, final), spec.output_type, texts)
     others = {name: progress.latents[name] for name in run.schedulers if name != IMAGE}
-    return RunResult(images, final, manifest, spec, progress.cancelled, others, texts)
+    return RunResult(images, final, manifest, spec, progress.cancelled, others, texts, dict(run.masks))
+
+
+def decoded(run: Run, latents: torch.Tensor) -> torch.Tensor:
+    """Pixels of a run's latents; a picture whose ends meet is decoded with its other end beside each."""
+    backbone = run.backbone
+    assert isinstance(backbone, Backbone)
+    wrap = min(run.plan.wrap, latents.shape[-1])
+    if not wrap:
+        return backbone.decode(latents)
+    edge = wrap * backbone.pixels_per_latent
+    return backbone.decode(torch.cat([latents[..., -wrap:], latents, latents[..., :wrap]], dim=-1))[..., edge:-edge]
 
 
 @contextmanager
@@ -143,10 +155,10 @@ def opened_run(backbone: Backbone, spec: RunSpec, generator: Generators | None =
         clip_skip=spec.clip_skip,
     )
     with ExitStack() as stack:
-        for entry in plan.controls:
+        for index, entry in enumerate(plan.controls):
             context = entry.control.attach(backbone) if implements(entry.control, "attach") else None
             if context is not None:
-                stack.enter_context(context)
+                run.attached[index] = stack.enter_context(context)
         set_text_conditions(run, spec)
         for index, entry in enumerate(plan.controls):
             run.memories[index] = entry.control.prepare(run)
@@ -329,6 +341,15 @@ def _streams(spec: RunSpec, generator: Generators | None, images: int) -> tuple[
         spec = spec.model_copy(update={"seed": int(torch.randint(2**32, (1,)).item())})
     assert spec.seed is not None
     return spec, Streams([spec.seed + i for i in range(images)])
+
+
+def _developed(run: Run, latents: torch.Tensor) -> torch.Tensor:
+    """Decoded pictures [B, 3, H, W] in [-1, 1], after what controls do to them."""
+    pixels = decoded(run, latents)
+    for entry in run.plan.controls:
+        if implements(entry.control, "develop"):
+            pixels = entry.control.develop(run, pixels)
+    return pixels
 
 
 def to_images(pixels: torch.Tensor, kind: str, texts: list[dict[str, str]]) -> Any:

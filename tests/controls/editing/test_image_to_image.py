@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
 from controlroom.controls.editing.image_to_image import ImageToImage
@@ -161,3 +161,24 @@ def test_bad_input_is_told(pipe: Pipeline) -> None:
             pipe("a cat", controls=[ImageToImage(image)], **DRAW)
     with pytest.raises(ConflictError, match="ImageToImage 1 and ImageToImage 2"):
         pipe("a cat", controls=[ImageToImage(picture()), ImageToImage(picture())], **DRAW)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_with_a_mask_it_equals_diffusers_inpainting_with_four_channels(
+    scheduler: str, plains: Any, pipe: Pipeline
+) -> None:
+    mask = np.zeros((PIXELS, PIXELS), np.uint8)
+    mask[6:20, 10:28] = 255
+    parts = {**plains["sd1"].components, "scheduler": make_scheduler(plains["sd1"].scheduler, scheduler)}
+    theirs: Any = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    settings = {"prompt": "a cat", "image": picture(), "mask_image": Image.fromarray(mask), "strength": 0.8}
+    expected = theirs(**settings, height=PIXELS, width=PIXELS, generator=generator(), **DRAW).images
+    control = ImageToImage(picture(), 0.8, mask=mask)
+    found = pipe("a cat", controls=[control], generator=generator(), scheduler=scheduler, **DRAW)
+    close(found.images, expected)
+    plain = pipe("a cat", controls=[ImageToImage(picture(), 0.8)], generator=generator(), scheduler=scheduler, **DRAW)
+    assert (found.images - plain.images).abs().max() > 1e-2 * expected.std()
+    white = ImageToImage(picture(), 0.8, mask=np.full((4, 4), 255, np.uint8))
+    again = pipe("a cat", controls=[white], generator=generator(), scheduler=scheduler, **DRAW)
+    close(again.images, plain.images)

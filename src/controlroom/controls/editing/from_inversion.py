@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from controlroom.controls.condition_map import mask_map, resized_mask
-from controlroom.controls.word_mask import MaskInput, WordMaps, WordMask
+from controlroom.controls.run_mask import RunMask, mask_sites, run_mask
+from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall
 from controlroom.core.branch import IMAGE, Condition, ConditionSource
 from controlroom.core.claims import Claim
@@ -67,7 +67,7 @@ class FromInversion(Control):
         return Declaration(
             strength=self.strength,
             claims=tuple(claims),
-            attention=self.mask.sites(outline) if isinstance(self.mask, WordMask) else (),
+            attention=mask_sites(outline, self.mask),
             notes=(f"the picture was inverted with the prompt {named}",),
         )
 
@@ -95,10 +95,8 @@ class FromInversion(Control):
             if name == SOURCE and state.advance == "solver" and state.noise_from == IMAGE and state.hw is None
         )
         memory = _Memory(levels, held if self.hold_source else ())
-        if isinstance(self.mask, WordMask):
-            memory.words = self.mask.reader(run)
-        elif self.mask is not None:
-            memory.mask = resized_mask(mask_map(self.mask, run), run.latent_shape()[-2:])
+        if self.mask is not None:
+            memory.mask = run_mask(self.mask, run, self)
         return memory
 
     def _tell(self, run: Run, uncond: torch.Tensor) -> None:
@@ -143,9 +141,9 @@ class FromInversion(Control):
 
     def attention(self, call: AttentionCall) -> None:
         """Read the maps of the mask's words."""
-        words = call.step.memory(self).words
-        if words is not None:
-            words.attention(call)
+        mask: RunMask | None = call.step.memory(self).mask
+        if mask is not None:
+            mask.attention(call)
 
     def finish(self, step: Step) -> None:
         """Hold the source to the record, and keep what is outside of the mask."""
@@ -153,12 +151,11 @@ class FromInversion(Control):
         recorded = memory.levels[step.i + 1]
         for name in memory.held:
             step.latents[name] = recorded.to(step.latents[name])
-        latents, mask = step.latents[IMAGE], memory.mask
-        if memory.words is not None:
-            mask = memory.words.mask(latents.shape[-2:])
-        if mask is not None:
+        if memory.mask is not None:
+            memory.mask.update()
+            latents = step.latents[IMAGE]
             kept = recorded.to(latents)
-            step.latents[IMAGE] = kept + mask.to(latents) * (latents - kept)
+            step.latents[IMAGE] = kept + memory.mask.latents().to(latents) * (latents - kept)
 
 
 @dataclass
@@ -167,8 +164,7 @@ class _Memory:
 
     levels: torch.Tensor
     held: tuple[str, ...]
-    mask: torch.Tensor | None = None
-    words: WordMaps | None = None
+    mask: RunMask | None = None
 
 
 def _stepwise(told: ConditionSource, uncond: torch.Tensor) -> ConditionSource:

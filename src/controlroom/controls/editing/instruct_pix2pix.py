@@ -14,14 +14,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, field_validator
 
-from controlroom.controls.condition_map import tiled
+from controlroom.controls.input_channels import channels_of
+from controlroom.controls.run_mask import KeptPicture, mask_sites, run_mask
 from controlroom.controls.source_pixels import for_each_image, source_pixels
+from controlroom.controls.word_mask import MaskInput
+from controlroom.core.attention import AttentionCall
 from controlroom.core.branch import IMAGE, Branch, Condition
+from controlroom.core.claims import Claim
 from controlroom.core.control import Control, Declaration, Outline
-from controlroom.core.errors import InputError
 from controlroom.core.run import Run
 from controlroom.core.step import Step
 
@@ -40,6 +42,8 @@ class InstructPix2Pix(Control):
         image_guidance_scale: 0 or more; how closely the result keeps to the picture (1 to 2). At guidance_scale of 1
             or less there is no guidance at all.
         scaled: the checkpoint was trained with latents scaled by the autoencoder's factor (CosXL Edit).
+        mask: white where the result may differ from the picture, which is put back outside of it after each step: a
+            picture, a list with one for each prompt, or words of the instruction (``"words: shirt"``); None: everywhere.
 
     Raises:
         ModelError: when the run is planned: the UNet does not read eight channels.
@@ -50,6 +54,7 @@ class InstructPix2Pix(Control):
     image: Any
     image_guidance_scale: float = Field(default=1.5, ge=0)
     scaled: bool = False
+    mask: MaskInput = None
 
     @field_validator("image")
     @classmethod
@@ -63,19 +68,39 @@ class InstructPix2Pix(Control):
         channels = outline.latent[0]
         return Declaration(
             branches=(Branch(SEEING, role="uncond", purpose="picture"),) if outline.guided else (),
+            claims=() if self.mask is None else (Claim("latents", "blend"),),
+            attention=mask_sites(outline, self.mask),
             channels=channels,
             checkpoint=f"an InstructPix2Pix checkpoint, whose UNet reads {2 * channels} channels, such as "
             "timbrooks/instruct-pix2pix (Stable Diffusion 1) or diffusers/sdxl-instructpix2pix-768 (XL)",
         )
 
-    def prepare(self, run: Run) -> None:
+    def prepare(self, run: Run) -> KeptPicture | None:
         """Encode the picture and give it to every branch but ``uncond``, which sees zeros."""
         latents = run.backbone.encode_picture(source_pixels(self.image, run))
         seen = for_each_image(latents if self.scaled else unscaled(latents, run.backbone.vae.config), run)
         for name in run.plan.branches:
-            run.set_channels(name, torch.zeros_like(seen[:1]) if name == "uncond" else _fitted(seen, run, name))
+            run.set_channels(
+                name, torch.zeros_like(seen[:1]) if name == "uncond" else channels_of(seen, run, name, self.label)
+            )
         if SEEING in run.plan.branches:
             run.set_condition(SEEING, _told(run))
+        if self.mask is None:
+            return None
+        clean = for_each_image(latents, run)
+        return KeptPicture(run_mask(self.mask, run, self), clean, run.noise("kept picture", clean.shape))
+
+    def attention(self, call: AttentionCall) -> None:
+        """Read where the words of the mask are."""
+        kept: KeptPicture | None = call.step.memory(self)
+        if kept is not None:
+            kept.mask.attention(call)
+
+    def finish(self, step: Step) -> None:
+        """Keep what is outside of the mask."""
+        kept: KeptPicture | None = step.memory(self)
+        if kept is not None:
+            kept.finish(step)
 
     def combine(self, step: Step, state: str) -> torch.Tensor | None:
         """The published combination, for the picture; other states have no third branch."""
@@ -92,20 +117,6 @@ def unscaled(latents: torch.Tensor, config: Any) -> torch.Tensor:
         return latents / config.scaling_factor
     shape = (1, -1, 1, 1)
     return latents * latents.new_tensor(std).view(shape) / config.scaling_factor + latents.new_tensor(mean).view(shape)
-
-
-def _fitted(seen: torch.Tensor, run: Run, branch: str) -> torch.Tensor:
-    """[images, c, h, w] for a branch; one that looks at other latents than the picture's may differ in size."""
-    plan = run.plan
-    if plan.branches[branch].state == IMAGE:
-        return seen
-    rows, hw = plan.rows_of(branch), plan.hw_of(branch)
-    if seen.shape[0] > rows:
-        if not bool((seen == seen[:1]).all()):
-            raise InputError(f"The branch {branch!r} has {rows} pictures, InstructPix2Pix {seen.shape[0]} others.")
-        seen = seen[:1]
-    seen = tiled(seen, rows, branch)
-    return seen if tuple(seen.shape[-2:]) == hw else F.interpolate(seen, size=hw, mode="bilinear", antialias=True)
 
 
 def _told(run: Run) -> Any:

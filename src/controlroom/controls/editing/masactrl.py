@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from controlroom.backbones.words import PromptTokens, prompt_tokens
 from controlroom.controls.condition_map import mask_map
 from controlroom.controls.drawn_along import DrawnAlong, source_prompts
+from controlroom.controls.word_mask import MaskInput, WordMask, read_mask
 from controlroom.core.attention import AttentionCall
 from controlroom.core.branch import IMAGE, Branch
 from controlroom.core.claims import Claim
@@ -54,7 +55,8 @@ class MasaCtrl(Control):
         start_step: first step at which keys and values are the source's, from 0.
         start_layer: first self-attention layer, in the order of execution, from 0; None: the published share of the
             network's (10 for Stable Diffusion 1 and 2, 44 for XL). `explain` says which was chosen.
-        source_mask: white where the foreground is in the source picture; a list has one for each prompt.
+        source_mask: white where the foreground is in the source picture; a list has one for each prompt. If both masks
+            are words (``"words: cat"``), they are ``words``.
         target_mask: the same for the run's picture.
         words: instead of masks, words of the foreground thing, looked up in both prompts; a pair of lists names them
             for the source and for the prompt apart.
@@ -71,8 +73,8 @@ class MasaCtrl(Control):
     source: str | list[str]
     start_step: int = Field(default=4, ge=0)
     start_layer: int | None = Field(default=None, ge=0)
-    source_mask: Any = None
-    target_mask: Any = None
+    source_mask: MaskInput = None
+    target_mask: MaskInput = None
     words: str | list[str] | tuple[list[str], list[str]] | None = None
     threshold: float = Field(default=0.1, gt=0, le=1)
     resolution: int | None = Field(default=None, ge=1)
@@ -90,6 +92,22 @@ class MasaCtrl(Control):
         if isinstance(value, list) and not value:
             raise ValueError("an empty list")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _masks_by_words(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Masks that are words are looked up as `words` are: in the maps of the pass under way."""
+        masks = [read_mask(given.get(name)) for name in ("source_mask", "target_mask")]
+        found = [mask for mask in masks if isinstance(mask, WordMask)]
+        if not found:
+            return given
+        if len(found) != 2 or given.get("words") is not None or any(m.model_fields_set != {"words"} for m in found):
+            raise ValueError(
+                "words stand for both masks or for none, and alone: give source_mask and target_mask as words, and "
+                "threshold and resolution to the control"
+            )
+        words = tuple(list(mask.words) for mask in found)
+        return {**given, "words": words, "source_mask": None, "target_mask": None}
 
     @model_validator(mode="after")
     def _one_kind_of_mask(self) -> MasaCtrl:

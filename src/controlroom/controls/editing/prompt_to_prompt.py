@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
+from torch.nn import functional
 
 from controlroom.backbones.words import PromptTokens, prompt_tokens
 from controlroom.controls.local_blend import LocalBlend
@@ -298,6 +299,7 @@ class PromptToPrompt(Control):
             source, latents = step.latents[SOURCE], step.latents["image"]
             mask = blend.mask(latents.shape[-2:]).to(latents)
             step.latents["image"] = source + mask * (latents - source)
+            step.run.masks[f"{self.label}.local_blend"] = functional.interpolate(mask, size=step.run.size)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +32,18 @@ from controlroom.backbones.ip_adapter import (
     load_ip_adapter,
 )
 from controlroom.backbones.loading import check_device, find_model, keep
-from controlroom.controls.condition_map import mask_map, rows_of, tiled, tokens_hw
+from controlroom.controls.condition_map import rows_of, tiled, tokens_hw
 from controlroom.controls.layer_scales import Scale, layer_scales, leaves
 from controlroom.controls.prompt_pictures import given_features, prompt_pixels
+from controlroom.controls.run_mask import RunMask, joined_sites, mask_sites, run_mask
+from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall
 from controlroom.core.backbone import Backbone
 from controlroom.core.claims import Claim
 from controlroom.core.control import Control, Declaration, Outline
 from controlroom.core.errors import InputError, ModelError
 from controlroom.core.run import Run
+from controlroom.core.step import Step
 
 
 @dataclass
@@ -50,22 +53,22 @@ class _Memory:
     Attributes:
         model: the adapter.
         tokens: of the pictures, [1 or images, pictures, length, width]; and for branches without words.
-        masks: one for each picture, or one for all, [images, 1, H, W]; empty: none.
+        masks: one for each picture, or one for all; empty: none.
         scales: of each layer.
         numbers: of each layer in the file.
         apart: each picture is attended to by itself.
         projected: keys and values, kept since the tokens stay the same.
-        queries: masks at the size of a layer.
+        queries: masks at the size of a layer, for the views of a plan.
     """
 
     model: IPAdapterModel
     tokens: dict[bool, torch.Tensor]
-    masks: list[torch.Tensor]
+    masks: list[RunMask]
     scales: dict[str, Scale]
     numbers: dict[str, int]
     apart: bool
     projected: dict[tuple[str, bool, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    queries: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict)
+    queries: dict[tuple[str, int, int, int], torch.Tensor] = field(default_factory=dict)
 
 
 class IPAdapter(Control):
@@ -83,6 +86,7 @@ class IPAdapter(Control):
         scale: a number; by layer, ``{"up": {"block_0": [0.0, 1.0, 0.0]}}`` (the rest is 0); or a list of one number for
             each picture, which are then attended to by themselves. 0 is the absence of the control.
         mask: white where the pictures act; or one for each picture, which are then attended to by themselves.
+            Pictures, or words of the prompt (``"words: red hat"``), which are looked up from the second step on.
         start, end: share of the steps between which it acts.
         pooling: of several pictures: the ``mean`` or ``max`` of their features; None: their tokens are joined.
         image_encoder: folder or loaded `CLIPVisionModelWithProjection`; None: the folder ``image_encoder`` beside the
@@ -93,12 +97,13 @@ class IPAdapter(Control):
         ModelError: at the start of a run: no such model, or one for another base model.
     """
 
+    by_views: ClassVar[bool] = True
     type: Literal["ip_adapter"] = Field(default="ip_adapter", kw_only=True)
     model: Any
     image: Any = None
     embeds: Any = None
     scale: float | dict[str, Any] | list[Any] = 1.0
-    mask: Any = None
+    mask: MaskInput = None
     start: float = Field(default=0.0, ge=0.0, le=1.0)
     end: float = Field(default=1.0, ge=0.0, le=1.0)
     pooling: Literal["mean", "max"] | None = None
@@ -117,7 +122,10 @@ class IPAdapter(Control):
     def declare(self, outline: Outline) -> Declaration:
         scales = layer_scales(self.scale, outline.sites("cross"))
         sites = tuple(site for site in outline.attention if site.name in scales and any(leaves(scales[site.name])))
-        return Declaration(attention=sites, claims=(Claim("out", "stream", frozenset(site.name for site in sites)),))
+        return Declaration(
+            attention=joined_sites(sites, mask_sites(outline, *_masks(self.mask))),
+            claims=(Claim("out", "stream", frozenset(site.name for site in sites)),),
+        )
 
     def attach(self, backbone: Backbone) -> AbstractContextManager[None] | None:
         adapter = self._adapter(backbone)
@@ -134,7 +142,7 @@ class IPAdapter(Control):
         tokens = {False: _tokens(adapter, positive)}
         if negative is not None:
             tokens[True] = _tokens(adapter, negative)
-        masks = [mask_map(mask, run) for mask in _masks(self.mask)]
+        masks = [run_mask(mask, run, self, name) for name, mask in _named(_masks(self.mask))]
         scales = layer_scales(self.scale, run.plan.outline.sites("cross"))
         pictures, lists = positive.shape[1], [x for x in scales.values() if isinstance(x, list)]
         if len(masks) not in (0, 1, pictures):
@@ -144,10 +152,18 @@ class IPAdapter(Control):
         apart = len(masks) > 1 or bool(lists)
         return _Memory(adapter, tokens, masks, scales, layer_numbers(run.backbone.unet), apart)
 
+    def before(self, step: Step) -> None:
+        """Masks by words move on."""
+        memory: _Memory = step.memory(self)
+        if any([mask.update() for mask in memory.masks]):
+            memory.queries.clear()
+
     def attention(self, call: AttentionCall) -> None:
         memory: _Memory = call.step.memory(self)
         name, plan = call.site.name, call.step.run.plan
-        scale = memory.scales[name]
+        for mask in memory.masks:
+            mask.attention(call)
+        scale = memory.scales.get(name, 0.0)
         pictures = range(memory.tokens[False].shape[1]) if memory.apart else (0,)
         for branch in call.reached(self):
             negative = plan.branches[branch].role == "uncond"
@@ -175,9 +191,9 @@ class IPAdapter(Control):
     def _query_mask(self, memory: _Memory, call: AttentionCall, branch: str, picture: int) -> torch.Tensor:
         """[rows, queries]: the mask at the size of the layer."""
         queries, run = call.hidden.shape[1], call.step.run
-        key = (branch, picture, queries)
+        key = (branch, picture, queries, id(run.plan))
         if key not in memory.queries:
-            mask = rows_of(memory.masks[picture % len(memory.masks)], run, branch)
+            mask = rows_of(memory.masks[picture % len(memory.masks)].pixels, run, branch)
             hw = tokens_hw(run.plan.hw_of(branch), queries)
             # Bicubic without smoothing, as diffusers does.
             memory.queries[key] = F.interpolate(mask.float(), size=hw, mode="bicubic").flatten(1).to(run.dtype)
@@ -255,3 +271,8 @@ def _masks(mask: Any) -> list[Any]:
     if isinstance(mask, torch.Tensor) and mask.ndim in (3, 4):
         return list(mask.reshape(-1, *mask.shape[-2:]))
     return list(mask) if isinstance(mask, list | tuple) else [mask]
+
+
+def _named(masks: list[Any]) -> list[tuple[str, Any]]:
+    """What each mask is called: ``mask``, or ``mask 1``, ``mask 2``."""
+    return [("mask" if len(masks) == 1 else f"mask {i + 1}", mask) for i, mask in enumerate(masks)]

@@ -20,8 +20,10 @@ from pydantic import Field
 
 from controlroom.backbones.loading import check_device, find_model, keep
 from controlroom.backbones.reference import Bank, ReferenceWriter, check_writer, load_writer
-from controlroom.controls.condition_map import mask_map, rows_of, tiled
+from controlroom.controls.condition_map import rows_of, tiled
 from controlroom.controls.reference_images import count, reference_masks, reference_pixels, token_bias
+from controlroom.controls.run_mask import RunMask, joined_sites, mask_sites, run_mask
+from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall
 from controlroom.core.branch import Condition
 from controlroom.core.claims import Claim
@@ -43,7 +45,7 @@ class _Memory:
         writer: the network that reads them.
         latents: for each reference [1 or images, C, h, w], clean.
         conditions: what the writer is told about each.
-        mask: [images, 1, H, W] of the picture, or None.
+        mask: of the picture, or None.
         masks: of the references, each [1 or images, 1, H, W], or None.
         biases: layer and branch -> [rows, 1, queries or 1, tokens or 1], logarithm of both masks.
         bank: layer -> [1 or images, joined tokens, channels].
@@ -53,7 +55,7 @@ class _Memory:
     writer: ReferenceWriter
     latents: list[torch.Tensor]
     conditions: list[Condition]
-    mask: torch.Tensor | None
+    mask: RunMask | None
     masks: list[torch.Tensor] | None
     biases: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     bank: Bank = field(default_factory=dict)
@@ -71,7 +73,8 @@ class AppearanceControl(Control):
         scale: 0 is the reference's absence, 1 what the writer was trained with, linearly between; beyond, a factor on
             the attention it gets.
         start, end: share of the steps between which it acts.
-        mask: white where the picture may look at the reference. A list: one for each prompt.
+        mask: white where the picture may look at the reference. A picture, a list with one for each prompt, or words of
+            the prompt (``"words: red hat"``), which are looked up from the second step on.
         reference_mask: white where the reference may be looked at: the person without the background. A list: one for
             each reference.
         text: what the writer is told.
@@ -93,7 +96,7 @@ class AppearanceControl(Control):
     scale: float = Field(default=1.0, ge=0.0)
     start: float = Field(default=0.0, ge=0.0, le=1.0)
     end: float = Field(default=1.0, ge=0.0, le=1.0)
-    mask: Any = None
+    mask: MaskInput = None
     reference_mask: Any = None
     text: str = ""
     ref_noise: Literal["clean", "match"] = "clean"
@@ -112,7 +115,7 @@ class AppearanceControl(Control):
         names = frozenset(site.name for site in sites)
         return Declaration(
             claims=(Claim("k", "extend", names), Claim("v", "extend", names)),
-            attention=sites,
+            attention=joined_sites(sites, mask_sites(outline, self.mask)),
         )
 
     def _sites(self, outline: Outline) -> tuple[Site, ...]:
@@ -126,7 +129,7 @@ class AppearanceControl(Control):
             run.backbone.encode_text([self.text], size=(picture.shape[2], picture.shape[3])).expand(picture.shape[0])
             for picture in pixels
         ]
-        mask = None if self.mask is None else mask_map(self.mask, run)
+        mask = None if self.mask is None else run_mask(self.mask, run, self)
         masks = None if self.reference_mask is None else reference_masks(self.reference_mask, run, pixels)
         memory = _Memory(writer, latents, conditions, mask, masks)
         if self.ref_noise == "match":
@@ -154,8 +157,10 @@ class AppearanceControl(Control):
         return self.model
 
     def before(self, step: Step) -> None:
+        memory: _Memory = step.memory(self)
+        if memory.mask is not None and memory.mask.update():
+            memory.biases.clear()
         if not self.once:
-            memory: _Memory = step.memory(self)
             memory.bank = self._read(step.run, memory, step)
 
     def _read(self, run: Run, memory: _Memory, step: Step | None) -> Bank:
@@ -174,6 +179,10 @@ class AppearanceControl(Control):
 
     def attention(self, call: AttentionCall) -> None:
         memory: _Memory = call.step.memory(self)
+        if call.site.kind == "cross":
+            if memory.mask is not None:
+                memory.mask.attention(call)
+            return
         run, name = call.step.run, call.site.name
         tokens = memory.bank[name]
         for branch in call.reached(self):
@@ -199,7 +208,7 @@ class AppearanceControl(Control):
                 bias = bias + tiled(_joined(parts, dim=2), call.layout.size(branch), branch)[:, None]
             if memory.mask is not None:
                 size = _tokens(run, run.plan.hw_of(branch), name)
-                bias = bias + token_bias(rows_of(memory.mask, run, branch), size)[:, None, :, None]
+                bias = bias + token_bias(rows_of(memory.mask.pixels, run, branch), size)[:, None, :, None]
             memory.biases[name, branch] = bias
         return memory.biases[name, branch]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -24,7 +24,10 @@ from controlroom.backbones.controlnet import (
     with_kind,
 )
 from controlroom.backbones.loading import check_device, find_model, keep
-from controlroom.controls.condition_map import condition_map, mask_map, resized_mask, rows_of
+from controlroom.controls.condition_map import condition_map, resized_mask, rows_of
+from controlroom.controls.run_mask import RunMask, mask_sites, run_mask
+from controlroom.controls.word_mask import MaskInput
+from controlroom.core.attention import AttentionCall
 from controlroom.core.branch import Branch
 from controlroom.core.claims import Claim
 from controlroom.core.control import Control, Declaration, Outline, Residuals
@@ -43,17 +46,17 @@ class _Memory:
         net: the network.
         dtype: its precision; asking the network walks through all its modules.
         condition: [images, C, H, W].
-        mask: [images, 1, H, W] or None.
+        mask: where it acts, or None.
         guess: only branches with words are controlled, and coarse residuals weigh more.
-        rows: conditions and masks joined for the branches of a pass.
+        rows: conditions and masks joined for the branches of a pass, and for the views of its plan.
     """
 
     net: Any
     dtype: torch.dtype
     condition: torch.Tensor
-    mask: torch.Tensor | None
+    mask: RunMask | None
     guess: bool
-    rows: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
+    rows: dict[tuple[tuple[str, ...], int], tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
 
 
 class ControlNet(Control):
@@ -66,25 +69,27 @@ class ControlNet(Control):
             a pose net also a `Pose` or OpenPose JSON, which is drawn. A list: one for each prompt.
         scale: factor of all residuals. 0 is the absence of the control.
         start, end: share of the steps between which it acts.
-        mask: white where it may act; multiplies the residuals at each resolution. A list: one for each prompt.
+        mask: white where it may act; multiplies the residuals at each resolution. A picture, a list with one for each
+            prompt, or words of the prompt (``"words: red hat"``), which are looked up from the second step on.
         guess_mode: the branch without words gets no residuals, and residual k of n of the other ones is weighted from
             0.1 (finest) to 1 (coarsest), evenly in the logarithm. For prompts left empty; guidance of 3 to 5.
-        kind: for a network for several kinds of condition (``theatre/multi``), which one ``image`` is: canny,
-            soft_edge, lines, scribble, depth, normal, segmentation or pose. None: ``image`` is a tensor that has the
-            planes which say so, or the network knows one kind.
+        kind: what ``image`` is, for networks for several kinds of condition (``theatre/multi``): canny, soft_edge,
+            lines, scribble, depth, normal, segmentation or pose. Networks for one kind do not read it. None: they know
+            one kind, or ``image`` is a tensor with the planes that say so.
 
     Raises:
         InputError: at the start of a run: a condition or mask that cannot be read or does not fit the images.
         ModelError: at the start of a run: no such model, or one for another base model.
     """
 
+    by_views: ClassVar[bool] = True
     type: Literal["controlnet"] = Field(default="controlnet", kw_only=True)
     model: Any
     image: Any
     scale: float = 1.0
     start: float = Field(default=0.0, ge=0.0, le=1.0)
     end: float = Field(default=1.0, ge=0.0, le=1.0)
-    mask: Any = None
+    mask: MaskInput = None
     guess_mode: bool = False
     kind: Kind | None = None
 
@@ -103,7 +108,7 @@ class ControlNet(Control):
         return value
 
     def declare(self, outline: Outline) -> Declaration:
-        return Declaration(claims=(Claim("skip", "add"),))
+        return Declaration(claims=(Claim("skip", "add"),), attention=mask_sites(outline, self.mask))
 
     def reaches(self, branch: Branch) -> bool:
         return super().reaches(branch) and not (self.guess_mode and branch.role == "uncond")
@@ -111,26 +116,21 @@ class ControlNet(Control):
     def prepare(self, run: Run) -> _Memory:
         net = self._network(run)
         condition = self._condition(run, int(net.config.conditioning_channels))
-        mask = None if self.mask is None else mask_map(self.mask, run)
+        mask = None if self.mask is None else run_mask(self.mask, run, self)
         if mask is not None and net.config.global_pool_conditions:
             raise InputError("This ControlNet pools its condition over the whole picture; leave mask out.")
         return _Memory(net, net.dtype, condition, mask, self.guess_mode or bool(net.config.global_pool_conditions))
 
     def _condition(self, run: Run, channels: int) -> torch.Tensor:
         """[images, channels, H, W]: the map, and the planes that say of which kind it is where the network asks."""
-        if self.kind is not None:
-            if channels != MULTI_CHANNELS:
-                raise InputError(
-                    f"{self.label}: this ControlNet reads {channels} channels, one kind of condition. Leave kind out, "
-                    "or give a network for several (theatre/multi)."
-                )
-            return with_kind(condition_map(self.image, run), self.kind)
-        if channels == MULTI_CHANNELS and not _has_planes(self.image):
+        if channels != MULTI_CHANNELS or _has_planes(self.image):
+            return condition_map(self.image, run, channels)
+        if self.kind is None:
             raise InputError(
                 f"{self.label}: this ControlNet reads several kinds of condition. Say which one the image is: kind= "
                 f"{', '.join(CONDITION_KINDS)}."
             )
-        return condition_map(self.image, run, channels)
+        return with_kind(condition_map(self.image, run), self.kind)
 
     def _network(self, run: Run) -> Any:
         unet, backbone = run.backbone.unet, run.backbone
@@ -152,6 +152,18 @@ class ControlNet(Control):
             )
         return net
 
+    def before(self, step: Step) -> None:
+        """A mask by words moves on."""
+        memory: _Memory = step.memory(self)
+        if memory.mask is not None and memory.mask.update():
+            memory.rows.clear()
+
+    def attention(self, call: AttentionCall) -> None:
+        """Read where the words of the mask are."""
+        mask: RunMask | None = call.step.memory(self).mask
+        if mask is not None:
+            mask.attention(call)
+
     def side(self, step: Step) -> tuple[Residuals, ...]:
         memory: _Memory = step.memory(self)
         plan = step.run.plan
@@ -166,11 +178,13 @@ class ControlNet(Control):
     def _pass(self, step: Step, memory: _Memory, names: tuple[str, ...]) -> Residuals:
         """One forward of the ControlNet over some branches."""
         run = step.run
-        if names not in memory.rows:
+        key = (names, id(run.plan))
+        if key not in memory.rows:
             condition = torch.cat([rows_of(memory.condition, run, name) for name in names])
-            masks = None if memory.mask is None else torch.cat([rows_of(memory.mask, run, name) for name in names])
-            memory.rows[names] = condition, masks
-        condition, mask = memory.rows[names]
+            mask = memory.mask
+            masks = None if mask is None else torch.cat([rows_of(mask.pixels, run, name) for name in names])
+            memory.rows[key] = condition, masks
+        condition, mask = memory.rows[key]
         given = step.inputs(names)
         dtype = memory.dtype
         added = run.backbone.added_conditions(given.condition) if memory.net.config.addition_embed_type else None

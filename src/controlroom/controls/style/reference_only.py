@@ -18,8 +18,10 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from controlroom.controls.condition_map import mask_map, resized_mask, rows_of
+from controlroom.controls.condition_map import resized_mask, rows_of
 from controlroom.controls.reference_images import count, reference_pixels, token_bias
+from controlroom.controls.run_mask import RunMask, joined_sites, mask_sites, run_mask
+from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall, FeatureCall
 from controlroom.core.branch import Branch, Condition, State
 from controlroom.core.claims import Claim
@@ -34,9 +36,9 @@ _EPSILON = 1e-6
 
 @dataclass
 class _Memory:
-    """What a run knows: ``mask`` [images, 1, H, W] or None, and what is made of it for a layer and a branch."""
+    """What a run knows: ``mask`` or None, and what is made of it for a layer and a branch."""
 
-    mask: torch.Tensor | None
+    mask: RunMask | None
     made: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
 
@@ -50,7 +52,8 @@ class ReferenceOnly(Control):
             0: it sees as much as the conditional one, so only the words are guided.
         scale: 0 is its absence, 1 all of it, linearly between; beyond, a factor on the attention it gets.
         start, end: share of the steps between which it acts.
-        mask: white where the picture may look at the reference. A list: one for each prompt.
+        mask: white where the picture may look at the reference. A picture, a list with one for each prompt, or words of
+            the prompt (``"words: red hat"``), which are looked up from the second step on.
         reference_attn: self-attentions see the reference.
         reference_adain: features take over the reference's mean and deviation.
         attention_weight: share of the self-attentions that see it, the widest first (A1111's control weight).
@@ -67,7 +70,7 @@ class ReferenceOnly(Control):
     scale: float = Field(default=1.0, ge=0.0)
     start: float = Field(default=0.0, ge=0.0, le=1.0)
     end: float = Field(default=1.0, ge=0.0, le=1.0)
-    mask: Any = None
+    mask: MaskInput = None
     reference_attn: bool = True
     reference_adain: bool = False
     attention_weight: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -96,7 +99,7 @@ class ReferenceOnly(Control):
                 for role in roles
                 for name in names[role]
             ),
-            attention=attention,
+            attention=joined_sites(attention, mask_sites(outline, self.mask)),
             features=features,
             claims=tuple(claims),
         )
@@ -133,7 +136,7 @@ class ReferenceOnly(Control):
             for role in run.plan.outline.text_branches:
                 if f"reference:{number}/{role}" in run.plan.branches:
                     run.set_condition(f"reference:{number}/{role}", _told(run, role))
-        return _Memory(None if self.mask is None else mask_map(self.mask, run))
+        return _Memory(None if self.mask is None else run_mask(self.mask, run, self))
 
     def _references(self, call: AttentionCall | FeatureCall, branch: str) -> tuple[list[str], float]:
         """Rows of the references that a branch sees, and how much of what it sees there it keeps."""
@@ -143,8 +146,18 @@ class ReferenceOnly(Control):
         share = 1 - self.style_fidelity if unconditional else 1.0
         return [name for name in names if name in call], share
 
+    def before(self, step: Step) -> None:
+        """A mask by words moves on."""
+        memory: _Memory = step.memory(self)
+        if memory.mask is not None and memory.mask.update():
+            memory.made.clear()
+
     def attention(self, call: AttentionCall) -> None:
         memory: _Memory = call.step.memory(self)
+        if call.site.kind == "cross":
+            if memory.mask is not None:
+                memory.mask.attention(call)
+            return
         for branch in call.reached(self):
             names, share = self._references(call, branch)
             if not names or share == 0:
@@ -177,7 +190,7 @@ class ReferenceOnly(Control):
         key = (call.site.name, branch)
         if key not in memory.made:
             assert memory.mask is not None
-            memory.made[key] = make(rows_of(memory.mask, call.step.run, branch))
+            memory.made[key] = make(rows_of(memory.mask.pixels, call.step.run, branch))
         return memory.made[key]
 
 
