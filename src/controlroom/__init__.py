@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from controlroom.controls.word_mask import WordMask as WordMask
     from controlroom.core.control import Control as Control
     from controlroom.core.errors import ConflictError as ConflictError
+    from controlroom.controls.spatial.t2i_adapter import T2IAdapter as T2IAdapter
     from controlroom.core.errors import ControlRoomError as ControlRoomError
     from controlroom.core.errors import InputError as InputError
     from controlroom.core.errors import ModelError as ModelError
@@ -135,6 +136,7 @@ _EXPORTS: dict[str, str] = {
     "enhance": "controlroom.tasks.enhance",
     "retarget": "controlroom.tasks.retarget",
     # catalogue
+    "T2IAdapter": "controlroom.controls.spatial.t2i_adapter",
     "control_class": "controlroom.catalog",
 }
 

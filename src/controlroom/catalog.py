@@ -245,12 +245,13 @@ SYSTEMS: tuple[System, ...] = (
         ),
         does="A light, time-independent condition adapter.",
         code=("controlroom.controls.spatial.t2i_adapter:T2IAdapter",),
-        recipe="controlroom.training.recipes.t2i_adapter:T2IAdapterRecipe",
+        recipe="controlroom.training.recipes.theatre_t2i_adapter:TheatreT2IAdapter",
         signals=("canny", "depth", "scribble", "pose"),
         backbones=SD1_SDXL,
         weights_licence="Apache-2.0",
         neutral=SCALE_0,
-        proof="parity with diffusers' StableDiffusionAdapterPipeline",
+        proof="parity with diffusers' StableDiffusionAdapterPipeline and StableDiffusionXLAdapterPipeline: full, light "
+        "and XL adapters, several at once",
     ),
     System(
         number=11,
@@ -1005,6 +1006,7 @@ def control_class(type_name: str) -> type:
             "Leave it out, or see docs/systems.md for what works."
         )
     return load(path)
+    "t2i_adapter": "controlroom.controls.spatial.t2i_adapter:T2IAdapter",
 
 
 def system(key: str) -> System:

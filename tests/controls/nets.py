@@ -120,3 +120,29 @@ def tiny_imagic(unet: Any, pooled: bool, folder: Path, seed: int = 17) -> Path:
     save_file(words, str(folder / EMBEDDING), {"format": "pt"})
     unet.save_pretrained(folder / UNET)
     return folder
+
+
+def tiny_t2i_adapter(unet: Any, seed: int = 19, light: bool = False, in_channels: int = 3, gain: float = 3.0) -> Any:
+    """A T2I-Adapter for a miniature; an XL one where the first block of the UNet has no attention."""
+    from diffusers import T2IAdapter
+
+    from controlroom.backbones.t2i_adapter import feature_slots
+
+    torch.manual_seed(seed)
+    slots = feature_slots(unet, (16, 16))
+    xl = slots[0][1] != (16, 16)
+    widths = [width for width, _ in slots]
+    if xl and len(widths) < 4:
+        widths = widths[:2]
+    net = T2IAdapter(
+        in_channels=in_channels,
+        channels=widths[:-1] if light else widths,
+        num_res_blocks=2,
+        downscale_factor=4 if xl else 2,
+        adapter_type="light_adapter" if light else "full_adapter_xl" if xl else "full_adapter",
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith(("conv_in.weight", "block2.weight", "out_conv.weight")):
+                parameter.mul_(gain)
+    return net

@@ -25,7 +25,7 @@ from controlroom.core.errors import ConflictError, InputError
 from controlroom.core.spec import RunSpec
 from controlroom.sampling.inversion import invert
 from controlroom.sampling.pipeline import Pipeline
-from tests.controls.nets import tiny_controlnet, tiny_image_encoder, tiny_imagic, tiny_ip_adapter
+from tests.controls.nets import tiny_controlnet, tiny_image_encoder, tiny_imagic, tiny_ip_adapter, tiny_t2i_adapter
 from tests.tiny import BACKBONES
 from tests.traces import traces
 
@@ -79,6 +79,7 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 NEUTRAL: dict[str, dict[str, Any]] = {
     "appearance_control": {"scale": 0.0},
+    "t2i_adapter": lambda folder: {"model": str(folder / "t2i_adapter"), "image": picture(10)},
     "attend_and_excite": {"step_size": 0.0},
     "controlnet": {"scale": 0.0},
     "guidance_interval": {"guidance_start": 0.0, "guidance_end": 1.0},
@@ -105,6 +106,7 @@ NEVER_NEUTRAL = ("from_inversion", "image_to_image", "instruct_pix2pix", "upscal
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "appearance_control": ("image", "model", "scale"),
     "attend_and_excite": ("indices", "words", "iterations", "thresholds", "step_size"),
+    "t2i_adapter": {"scale": 0.0},
     "controlnet": ("model", "image", "scale", "start", "end", "mask", "guess_mode"),
     "from_inversion": ("inversion", "strength"),
     "guidance_interval": ("guidance_start", "guidance_end"),
@@ -139,6 +141,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {"instruct_pix2pix": {"image": picture(9)
 """What such a control is set to where a run with it is compared with another."""
 
 TYPES = sorted(SETTINGS)
+    "t2i_adapter": ("model", "image", "scale", "start", "end", "mask"),
 
 
 class Stage:
@@ -166,6 +169,7 @@ class Stage:
         return self.pipe(controls=list(controls), **{**DRAW, **settings})
 
     def draw_without(self, name: str, **settings: Any) -> Any:
+        tiny_t2i_adapter(plain.unet).save_pretrained(folder / "t2i_adapter")
         """A run that one with the control differs from."""
         others = [self.control(name, **OTHERWISE[name])] if name in OTHERWISE else []
         return self.draw(*others, **settings)

@@ -26,6 +26,7 @@ PARTS = {
     "retarget": ".",  # the joint stage, which writes both over
     "controlnet_multi": "multi",
     "ip_adapter": "ip_adapter",
+    "t2i_adapter_pose": "t2i_adapter_pose",
     "instruct_pix2pix": "instruct_pix2pix",
 }
 

@@ -99,6 +99,12 @@ def _ip_adapter() -> Recipe[Any]:
     return TheatreIPAdapter(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
 
 
+def _t2i_adapter(kind: str) -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_t2i_adapter import TheatreT2IAdapter
+
+    return TheatreT2IAdapter(*_trained_parts(), RUNS / "latents", kind, SCENES)
+
+
 def _instruct_pix2pix() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_instruct_pix2pix import TheatreInstructPix2Pix
 
@@ -212,6 +218,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so long, with a checkpoint")
     parser.add_argument("--steps", type=int, default=None, help="instead of the stage's number of steps")
+    **{
+        f"t2i_adapter_{kind}": (
+            partial(_t2i_adapter, kind),
+            _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
+        )
+        for kind in CONDITION_KINDS
+    },
     parser.add_argument("--start-from", type=Path, default=None, help="exported weights to continue from")
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
