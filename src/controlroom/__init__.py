@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from controlroom.controls.editing.from_inversion import FromInversion as FromInversion
     from controlroom.controls.editing.image_to_image import ImageToImage as ImageToImage
     from controlroom.controls.editing.imagic import Imagic as Imagic
+    from controlroom.controls.editing.inpaint import Inpaint as Inpaint
     from controlroom.controls.editing.instruct_pix2pix import InstructPix2Pix as InstructPix2Pix
     from controlroom.controls.editing.masactrl import MasaCtrl as MasaCtrl
     from controlroom.controls.editing.pix2pix_zero import Pix2PixZero as Pix2PixZero
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from controlroom.controls.personal.ip_adapter import IPAdapter as IPAdapter
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
+    from controlroom.controls.spatial.depth_to_image import DepthToImage as DepthToImage
     from controlroom.controls.style.reference_only import ReferenceOnly as ReferenceOnly
     from controlroom.controls.style.style_aligned import StyleAligned as StyleAligned
     from controlroom.controls.word_mask import WordMask as WordMask
@@ -97,6 +99,7 @@ _EXPORTS: dict[str, str] = {
     "AppearanceControl": "controlroom.controls.pose.appearance",
     "AttendAndExcite": "controlroom.controls.guidance.attend_and_excite",
     "ControlNet": "controlroom.controls.spatial.controlnet",
+    "DepthToImage": "controlroom.controls.spatial.depth_to_image",
     "CopyAppearance": "controlroom.controls.object_edits",
     "CopyLayout": "controlroom.controls.object_edits",
     "EditDirection": "controlroom.controls.edit_direction",
@@ -106,6 +109,7 @@ _EXPORTS: dict[str, str] = {
     "IPAdapter": "controlroom.controls.personal.ip_adapter",
     "ImageToImage": "controlroom.controls.editing.image_to_image",
     "Imagic": "controlroom.controls.editing.imagic",
+    "Inpaint": "controlroom.controls.editing.inpaint",
     "InstructPix2Pix": "controlroom.controls.editing.instruct_pix2pix",
     "KeepAppearance": "controlroom.controls.object_edits",
     "KeepShape": "controlroom.controls.object_edits",

@@ -48,11 +48,13 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "appearance_control": lambda folder: {"image": picture(0), "model": str(folder / "writer")},
     "attend_and_excite": lambda folder: {"words": ["cat"], "iterations": 1, "thresholds": {}, "step_size": 5.0},
     "controlnet": lambda folder: {"model": str(folder / "controlnet"), "image": picture(1)},
+    "depth_to_image": lambda folder: {"image": picture(11), "depth": picture(12), "strength": 1.0},
     "from_inversion": lambda folder: {"inversion": str(folder / "inversion.safetensors")},
     "guidance_interval": lambda folder: {"guidance_end": 0.5},
     "guidance_rescale": lambda folder: {"scale": 0.7},
     "image_to_image": lambda folder: {"image": picture(4), "strength": 1.0},
     "imagic": lambda folder: {"model": str(folder / "imagic"), "alpha": 0.6},
+    "inpaint": lambda folder: {"image": picture(13), "mask": np.eye(16)},
     "instruct_pix2pix": lambda folder: {"image": picture(5)},
     "ip_adapter": lambda folder: {
         "model": str(folder / "ip_adapter.safetensors"),
@@ -100,7 +102,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "style_aligned": {"scale": 0.0},
 }
 
-NEVER_NEUTRAL = ("from_inversion", "image_to_image", "instruct_pix2pix", "upscale")
+NEVER_NEUTRAL = ("depth_to_image", "from_inversion", "image_to_image", "inpaint", "instruct_pix2pix", "upscale")
 """Controls that start from or look at a picture in any case."""
 
 ARGUMENTS: dict[str, tuple[str, ...]] = {
@@ -108,11 +110,13 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "attend_and_excite": ("indices", "words", "iterations", "thresholds", "step_size"),
     "t2i_adapter": {"scale": 0.0},
     "controlnet": ("model", "image", "scale", "start", "end", "mask", "guess_mode"),
+    "depth_to_image": ("image", "depth", "strength"),
     "from_inversion": ("inversion", "strength"),
     "guidance_interval": ("guidance_start", "guidance_end"),
     "guidance_rescale": ("scale", "start", "end"),
     "image_to_image": ("image", "strength"),
     "imagic": ("model", "alpha"),
+    "inpaint": ("image", "mask", "strength"),
     "instruct_pix2pix": ("image", "image_guidance_scale"),
     "ip_adapter": ("model", "image", "embeds", "scale", "mask"),
     "perp_neg": ("negatives", "scale", "start", "end"),
@@ -134,10 +138,13 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 OF_GUIDANCE = ("guidance_interval", "guidance_rescale", "perp_neg")
 """Controls of classifier-free guidance itself: a run without it is an error that says so."""
 
-CHANNELS: dict[str, int] = {"instruct_pix2pix": 8}
+CHANNELS: dict[str, int] = {"depth_to_image": 5, "instruct_pix2pix": 8}
 """Controls for networks of other input channels than the latents', which draw nothing without them."""
 
-OTHERWISE: dict[str, dict[str, Any]] = {"instruct_pix2pix": {"image": picture(9)}}
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "depth_to_image": {"image": picture(9)},
+    "instruct_pix2pix": {"image": picture(9)},
+}
 """What such a control is set to where a run with it is compared with another."""
 
 TYPES = sorted(SETTINGS)

@@ -1,4 +1,4 @@
-"""The contract of a control: frozen settings and up to eleven optional hooks.
+"""The contract of a control: frozen settings and up to twelve optional hooks.
 
 A control is a frozen pydantic model. Its fields are its Python arguments, its YAML keys, its command-line flags and its
 form in the studio; its hooks are called by the engine. What a run remembers for it lives in the run: `prepare` returns
@@ -51,6 +51,7 @@ class Outline:
         latent: channels, height and width of the latents.
         view: latent height and width of one view, where a control shows the network a large canvas through windows;
             sites have the sizes of a view then. None: the network sees the latents whole.
+        input_channels: that the network reads, those of the latents among them; 0: not known.
         guided: whether there is an ``uncond`` branch.
         attention: attention sites in the order of execution.
         features: feature sites in the order of execution.
@@ -66,6 +67,7 @@ class Outline:
     features: tuple[Site, ...]
     prompts: tuple[str, ...]
     view: tuple[int, int] | None = None
+    input_channels: int = 0
 
     @property
     def hw(self) -> tuple[int, int]:
@@ -370,6 +372,12 @@ class Control(Settings):
     def finish(self, step: Step) -> bool | None:
         """After the solver: blend or mask ``step.latents``. True asks to run the step again (declare ``repeats``)."""
         return None
+
+    # After the last step.
+
+    def develop(self, run: Run, pixels: torch.Tensor) -> torch.Tensor:
+        """Change the decoded pictures [images, 3, height, width], -1 to 1; not where latents are asked for."""
+        return pixels
 
 
 def implements(control: Control, hook: str) -> bool:

@@ -28,6 +28,8 @@ PARTS = {
     "ip_adapter": "ip_adapter",
     "t2i_adapter_pose": "t2i_adapter_pose",
     "instruct_pix2pix": "instruct_pix2pix",
+    "inpaint": "inpaint",
+    "depth2img": "depth2img",
 }
 
 

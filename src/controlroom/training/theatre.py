@@ -111,6 +111,18 @@ def _instruct_pix2pix() -> Recipe[Any]:
     return TheatreInstructPix2Pix(*_trained_parts(), RUNS / "latents", edits=PAIRS)
 
 
+def _inpaint() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_inpaint import TheatreInpaint
+
+    return TheatreInpaint(*_trained_parts(), RUNS / "latents", scenes=SCENES)
+
+
+def _depth2img() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_depth2img import TheatreDepth2Img
+
+    return TheatreDepth2Img(*_trained_parts(), RUNS / "latents", scenes=SCENES)
+
+
 #: What the stages share; each says what it has of its own.
 _COMMON: dict[str, Any] = {
     "batch_size": 32,
@@ -202,6 +214,14 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     "ip_adapter": (
         _ip_adapter,
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
+    ),
+    "inpaint": (
+        _inpaint,
+        _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
+    ),
+    "depth2img": (
+        _depth2img,
+        _CONTROL | {"total_samples": 150_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
     ),
     "instruct_pix2pix": (
         _instruct_pix2pix,
