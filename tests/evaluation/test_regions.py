@@ -8,7 +8,8 @@ import pytest
 from controlroom.core.errors import InputError
 from controlroom.data.theatre.truth import keypoints
 from controlroom.evaluation.regions import part_region
-from controlroom.evaluation.suites.prompt_to_prompt import PARTS, edit_number
+from controlroom.evaluation.suites.editing import ABOUT
+from controlroom.evaluation.suites.prompt_to_prompt import edit_number
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ def test_true_changes_lie_in_the_region(kind: str, held: float, least: float) ->
     shares, covered = [], []
     for number in range(60):
         edit = edit_number(number, kind)
-        region, changed = part_region(keypoints(edit.before), PARTS[kind], (128, 128)), edit.changed()
+        region, changed = part_region(keypoints(edit.before), ABOUT[kind][0], (128, 128)), edit.changed()
         shares.append(float((region & changed).sum() / changed.sum()))
         covered.append(float(region.mean()))
     assert np.mean(shares) >= held and min(shares) >= least
@@ -37,6 +38,6 @@ def test_region_follows_size_and_joints() -> None:
     less = part_region(armless, "top", (128, 128))
     assert less.sum() < small.sum() and not (less & ~small).any()
     assert not part_region(np.zeros((18, 3)), "hair", (32, 32)).any()
-    for wrong in ((np.zeros((17, 3)), "top"), (points, "hat")):
+    for wrong in ((np.zeros((17, 3)), "top"), (points, "shoe")):
         with pytest.raises(InputError, match=r"keypoints \[18, 3\]"):
             part_region(wrong[0], wrong[1], (32, 32))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ the picture.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,16 +19,20 @@ from PIL import Image, ImageDraw
 from controlroom.core.errors import InputError
 from controlroom.evaluation.metrics.pck import PRESENT
 
-Part = Literal["top", "lower", "hair"]
+Part = Literal["top", "lower", "hair", "hat"]
 _NECK, _R_SHOULDER, _R_HIP, _L_SHOULDER, _L_HIP = 1, 2, 8, 5, 11
 _NOSE, _R_EYE, _L_EYE, _R_EAR, _L_EAR = 0, 14, 15, 16, 17
 _TORSO = (_R_SHOULDER, _L_SHOULDER, _L_HIP, _R_HIP)
 #: Bones of each part, and how far around them it reaches, in lengths of the torso.
+_HEAD = ((_NOSE, _R_EYE), (_NOSE, _L_EYE), (_R_EYE, _R_EAR), (_L_EYE, _L_EAR), (_NOSE, _NECK))
 _BONES: dict[str, tuple[tuple[tuple[int, int], ...], float]] = {
     "top": (((1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (1, 8), (1, 11), (2, 8), (5, 11), (8, 11)), 0.3),
     "lower": (((8, 11), (8, 9), (9, 10), (11, 12), (12, 13)), 0.4),
-    "hair": (((_NOSE, _R_EYE), (_NOSE, _L_EYE), (_R_EYE, _R_EAR), (_L_EYE, _L_EAR), (_NOSE, _NECK)), 0.6),
+    "hair": (_HEAD, 0.6),
+    "hat": (_HEAD, 0.6),
 }
+PUPPET: tuple[Part, ...] = ("top", "lower", "hat")
+"""Parts that together hold the whole puppet."""
 
 
 def part_region(points: NDArray, part: Part, size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -35,7 +40,7 @@ def part_region(points: NDArray, part: Part, size: tuple[int, int]) -> NDArray[n
 
     Args:
         points: [18, 3] OpenPose keypoints: x, y in pixels, and the probability that the joint is in the picture.
-        part: ``top`` with its sleeves, ``lower`` or ``hair``.
+        part: ``top`` with its sleeves, ``lower``, ``hair``, or ``hat``: the head and as much again above it.
         size: width and height of the picture.
 
     Returns:
@@ -62,10 +67,24 @@ def part_region(points: NDArray, part: Part, size: tuple[int, int]) -> NDArray[n
     pen = ImageDraw.Draw(picture)
     if part == "top" and there[list(_TORSO)].all():
         pen.polygon([(float(x), float(y)) for x, y in place[list(_TORSO)]], fill=1)
-    for first, second in bones:
-        if there[first] and there[second]:
-            ends = [(float(x), float(y)) for x, y in place[[first, second]]]
-            pen.line(ends, fill=1, width=max(1, round(2 * radius)))
-            for x, y in ends:
-                pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=1)
+    lines = [place[[first, second]] for first, second in bones if there[first] and there[second]]
+    if part == "hat" and there[_NOSE] and there[_NECK]:
+        lines.append(np.stack([place[_NOSE], 2 * place[_NOSE] - place[_NECK]]))
+    for line in lines:
+        ends = [(float(x), float(y)) for x, y in line]
+        pen.line(ends, fill=1, width=max(1, round(2 * radius)))
+        for x, y in ends:
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=1)
     return np.array(picture)
+
+
+def region_of(points: NDArray, parts: Sequence[Part], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Where any of several parts may be: [height, width]; see `part_region`.
+
+    >>> region_of(np.ones((18, 3)), (), (4, 2)).shape
+    (2, 4)
+    """
+    found = np.zeros((size[1], size[0]), dtype=bool)
+    for part in parts:
+        found |= part_region(points, part, size)
+    return found

@@ -12,6 +12,7 @@ from PIL import Image
 
 from controlroom.backbones.loading import THEATRE, find_model
 from controlroom.core.control import Control
+from controlroom.core.errors import InputError
 from controlroom.core.inputs import file_hash
 from controlroom.core.spec import RunSpec
 
@@ -61,6 +62,18 @@ class PipelineDrawer:
     def __call__(self, spec: RunSpec) -> Sequence[Image.Image]:
         """One picture for each prompt."""
         return self.pipeline.run(spec).images
+
+
+def pipeline_of(draw: Drawer) -> Pipeline:
+    """The model that a drawer draws with, for pictures that take more than one run.
+
+    Raises:
+        InputError: it has none.
+    """
+    found = getattr(draw, "pipeline", None)
+    if found is None:
+        raise InputError(f"{type(draw).__name__} draws single runs only; give a PipelineDrawer.")
+    return found
 
 
 def weights_hash(model: str, weights: Sequence[str] = ()) -> str:

@@ -46,9 +46,14 @@ def tables(report: Report, against: Sequence[Compared] = ()) -> list[tuple[str, 
         )
     ]
     if report.differences and report.ours and report.baseline:
-        heading = f"{report.arms[report.ours]} minus {report.arms[report.baseline]}, case by case"
-        rows = [[name_of(row), number(row, row.cells[report.ours], True)] for row in report.differences]
-        found.append((heading, ["", "difference"], rows))
+        differing = [arm for arm in report.arms if any(arm in row.cells for row in report.differences)]
+        alone = differing == [report.ours]
+        first = report.arms[report.ours] if alone else "Difference"
+        heading = f"{first} {'minus' if alone else 'to'} {report.arms[report.baseline]}, case by case"
+        rows = [
+            [name_of(row), *(number(row, row.cells.get(arm), True) for arm in differing)] for row in report.differences
+        ]
+        found.append((heading, ["", *(["difference"] if alone else [report.arms[arm] for arm in differing])], rows))
     if report.derived:
         rows = [[name_of(row), number(row, row.cells.get("")), str(_n(row))] for row in report.derived]
         found.append(("Of all cases together", ["", "", "of"], rows))

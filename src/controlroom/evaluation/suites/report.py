@@ -73,7 +73,7 @@ class Report(BaseModel):
         n: cases that are done, of ``asked``.
         arms: arm -> title of its column.
         rows: measures of single cases, and of whole sets.
-        differences: measure -> `ours` minus `baseline`, case by case, in the cell of that name.
+        differences: measure -> `ours` (and the suite's further arms) minus `baseline`, case by case, in their cells.
         derived: numbers of all cases together.
         picked: the worst, the median and the best case.
         seconds: that all cases took.
@@ -112,9 +112,9 @@ def summarise(suite: Suite[Any], records: Sequence[Record], about: Mapping[str, 
     differences = []
     if table.baseline is not None and table.ours is not None:
         for measure in suite.measures:
-            cell = _difference(values, table.ours, table.baseline, measure.name)
-            if cell.n:
-                differences.append(_row(measure, {table.ours: cell}))
+            cells = {arm: _difference(values, arm, table.baseline, measure.name) for arm in (table.ours, *table.others)}
+            if any(cell.n for cell in cells.values()):
+                differences.append(_row(measure, cells))
     return Report(
         suite=suite.name,
         title=suite.title,

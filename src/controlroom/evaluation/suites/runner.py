@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from controlroom.core.errors import InputError
-from controlroom.evaluation.suites.drawing import Drawer, together
+from controlroom.evaluation.suites.drawing import Drawer, pipeline_of, together
 from controlroom.evaluation.suites.journal import Journal, Record
 from controlroom.evaluation.suites.suite import Case, Shown, Suite
 
@@ -125,6 +125,9 @@ def _known(cases: Sequence[Case[Any]], arm: str) -> list[Image.Image]:
 
 
 def _drawn(suite: Suite[Any], draw: Drawer, cases: Sequence[Case[Any]], arm: str) -> list[Image.Image]:
+    if all(arm in case.made for case in cases):
+        pipe = pipeline_of(draw)
+        return [case.made[arm](pipe) for case in cases]
     specs = [case.specs[arm] for case in cases]
     joined = together(specs, suite.per_prompt)
     found = [picture for spec in ([joined] if joined is not None else specs) for picture in draw(spec)]

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +21,9 @@ from controlroom.core.control import describe
 from controlroom.core.errors import InputError
 from controlroom.core.spec import RunSpec
 from controlroom.evaluation.estimates import Estimate
+
+if TYPE_CHECKING:
+    from controlroom.sampling.pipeline import Pipeline
 
 Truth = TypeVar("Truth")
 Kind = Literal["share", "number"]
@@ -95,6 +98,7 @@ class Case(Generic[Truth]):
         truth: what judges compare with.
         specs: drawn arm -> run that draws it, of one picture.
         known: known arm -> its picture, made when it is looked at.
+        made: drawn arm that takes more than one run (an inversion, a fit) -> what makes its picture with the model.
     """
 
     number: int
@@ -102,6 +106,7 @@ class Case(Generic[Truth]):
     truth: Truth
     specs: Mapping[str, RunSpec]
     known: Mapping[str, Callable[[], Image.Image]] = field(default_factory=dict)
+    made: Mapping[str, Callable[[Pipeline], Image.Image]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,7 @@ class Table:
 
     Attributes:
         baseline, ours: arms whose difference is shown, case by case; None: no differences.
+        others: further arms whose difference to the baseline is shown.
         derived: further rows.
         rank: how good a case is for the arm that matters, best last; it chooses the pictures that are shown.
         note: what a reader must know.
@@ -181,6 +187,7 @@ class Table:
     ours: str | None = None
     derived: tuple[Derived, ...] = ()
     note: str = ""
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

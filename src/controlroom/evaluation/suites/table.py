@@ -39,8 +39,29 @@ SUITES: dict[str, Entry] = {
     "prompt_to_prompt": Entry(
         "one colour word swapped, by Prompt-to-Prompt and by re-prompting", 200, f"{_HERE}.prompt_to_prompt"
     ),
+    "guidance_methods": Entry("plain guidance, SAG, PAG, SEG, rescale and interval", 200, f"{_HERE}.guidance_methods"),
+    "prompt_weighting": Entry("the rate of an attribute by the weight of its word", 200, f"{_HERE}.prompt_weighting"),
+    "semantic_guidance": Entry(
+        "an attribute changed by SEGA's concepts, and by re-prompting", 200, f"{_HERE}.semantic_guidance"
+    ),
+    "inversion": Entry("how well a picture comes back from its inversion", 200, f"{_HERE}.inversion"),
+    "prompt_to_prompt_refine": Entry(
+        "words added, by Prompt-to-Prompt and by re-prompting", 200, f"{_HERE}.prompt_to_prompt_refine"
+    ),
+    "prompt_to_prompt_reweight": Entry(
+        "the rate of an attribute by the factor on its words", 200, f"{_HERE}.prompt_to_prompt_reweight"
+    ),
+    "self_guidance": Entry("a puppet shifted and resized by self-guidance", 200, f"{_HERE}.self_guidance"),
+    "masactrl": Entry("another pose, by MasaCtrl and by re-prompting", 200, f"{_HERE}.masactrl"),
+    "pix2pix_zero": Entry("one colour changed along a direction, and by re-prompting", 200, f"{_HERE}.pix2pix_zero"),
+    "instruct_pix2pix": Entry("instructions on true pictures", 200, f"{_HERE}.instruct_pix2pix"),
+    "instruct_pix2pix_sweep": Entry(
+        "the same at every pair of image and text guidance", 50, f"{_HERE}.instruct_pix2pix", "build_sweep"
+    ),
+    "imagic": Entry("true pictures fitted and edited by a caption", 12, f"{_HERE}.imagic"),
     "captions": Entry("what pictures show of what their captions say", 500, f"{_HERE}.captions"),
     "two_objects": Entry("whether both objects of a caption are there", 250, f"{_HERE}.captions", "build_two_objects"),
+    "signals": Entry("what the dense reader finds in true pictures", 500, f"{_HERE}.signals"),
     "retarget": Entry("one puppet in the pose of another picture", 300, f"{_HERE}.retarget"),
 }
 
