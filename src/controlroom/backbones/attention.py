@@ -402,7 +402,7 @@ class _Attend:
         for name, streams in self.operations.streams.items():
             for number, stream in enumerate(streams):
                 if stream.bias is None:
-                    groups.setdefault((number, stream.k.shape[1]), []).append(name)
+                    groups.setdefault((number, stream.length), []).append(name)
                 else:
                     q, k, v = self.stream_qkv(name, stream)
                     parts[name, number] = self.sdpa(q, k, v, stream.bias.to(q))
@@ -420,6 +420,14 @@ class _Attend:
 
     def stream_qkv(self, name: str, stream: Stream) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q = self.branch_qkv[name][0] if self.branch_qkv else self.q[self.layout.rows(name)]
+        if stream.tokens is not None:
+            tokens = stream.tokens.to(self.dtype)
+            k, v = (
+                self.match(self.split(self.attn.to_k(tokens)), name),
+                self.match(self.split(self.attn.to_v(tokens)), name),
+            )
+            return q, k if self.attn.norm_k is None else self.attn.norm_k(k), v
+        assert stream.k is not None and stream.v is not None
         k, v = (self.match(self.split(part.to(self.dtype)), name) for part in (stream.k, stream.v))
         return q, k, v
 

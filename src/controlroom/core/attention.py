@@ -62,12 +62,20 @@ class ValueTerm:
 class Stream:
     """A further attention of the branch's queries to other keys and values."""
 
-    k: torch.Tensor
-    v: torch.Tensor
+    k: torch.Tensor | None
+    v: torch.Tensor | None
     scale: float | torch.Tensor = 1.0
     query_mask: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     mode: Literal["add", "replace"] = "add"
+    tokens: torch.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of keys."""
+        given = self.k if self.tokens is None else self.tokens
+        assert given is not None
+        return given.shape[1]
 
 
 @dataclass(frozen=True)
@@ -257,12 +265,13 @@ class AttentionCall(LayerCall):
     def stream(
         self,
         branch: str,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
         scale: float | torch.Tensor = 1.0,
         query_mask: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
         mode: Literal["add", "replace"] = "add",
+        tokens: torch.Tensor | None = None,
     ) -> None:
         """Attend with the same queries to other keys and values, and join the result.
 
@@ -275,9 +284,14 @@ class AttentionCall(LayerCall):
             bias: broadcastable to [rows, heads, queries, L].
             mode: ``add``: out + scale·mask·stream. ``replace``: out·(1 − Σ scale·mask) + Σ scale·mask·stream, the sums
                 over all replacing streams of the branch.
+            tokens: [rows or 1, L, channels] projected with this layer's own key and value weights, instead of ``k`` and
+                ``v``: other words, say.
         """
         self.rows(branch)
-        self.operations.streams.setdefault(branch, []).append(Stream(k, v, scale, query_mask, bias, mode))
+        if (tokens is None) != (k is not None and v is not None):
+            raise ValueError("stream takes either tokens, or k and v")
+        stream = Stream(k, v, scale, query_mask, bias, mode, tokens)
+        self.operations.streams.setdefault(branch, []).append(stream)
 
     def identity(self, branch: str) -> None:
         """The branch's output is its values: every query attends to itself only. Self-attention only; comes last."""

@@ -142,6 +142,29 @@ class Views(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ViewsPart:
+    """Some of the views of a canvas, for passes that take them in turns."""
+
+    whole: Views
+    first: int
+    count: int
+
+    @property
+    def hw(self) -> tuple[int, int]:
+        """Latent height and width of one view."""
+        return self.whole.hw
+
+    def split(self, canvas: torch.Tensor, factor: int = 1) -> torch.Tensor:
+        """[B, C, H, W] -> [count * B, C, h, w]."""
+        images = canvas.shape[0]
+        return self.whole.split(canvas, factor)[self.first * images : (self.first + self.count) * images]
+
+    def merge(self, predictions: torch.Tensor) -> torch.Tensor:
+        """Not possible: the other views are missing."""
+        raise RuntimeError("a part of the views cannot be merged")
+
+
 class Layout:
     """The rows of one pass: which slice of the batch belongs to which branch."""
 

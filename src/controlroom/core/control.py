@@ -8,9 +8,10 @@ from YAML anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, dataclass_transform
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, dataclass_transform
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 from pydantic import SerializerFunctionWrapHandler as Handler
@@ -205,6 +206,8 @@ class Declaration:
         phases: passes in which its ``attention``, ``feature`` and ``side`` are called. ``main`` is the pass that
             predicts; ``energy`` has gradients; ``probe`` is another control's own ``step.forward``.
         views: how the picture's canvas is seen through windows. One control of a run at most.
+        view_batch: views that go through the network at once; None: all.
+        wrap: latent columns by which the picture is continued around its left and right edge for decoding.
         strength: share of the schedule that is run, as in image to image; None: all. One control of a run at most.
         channels: number of input channels it supplies beside the latents (``run.set_channels``).
         checkpoint: which checkpoint reads these channels, for the error when the loaded one does not.
@@ -214,7 +217,8 @@ class Declaration:
             make it, and branches of role ``uncond`` (and references only they read) do not run.
         keeps: branches that its ``guide`` reads, and that run at its steps also without guidance.
         rescale: how far guidance is rescaled at its steps (arXiv 2305.08891), 0 to 1; 0: not.
-        probes: branches of one further pass that its ``guide`` asks for at each of its steps. Only counted.
+        probes: branches of one further pass that its ``guide`` or ``finish`` asks for at each step. Only counted.
+        probe_passes: step -> number of such passes, where it is not one.
     """
 
     branches: tuple[Branch, ...] = ()
@@ -225,6 +229,8 @@ class Declaration:
     energy: EnergyNeed | None = None
     phases: frozenset[Phase] = frozenset({"main", "energy", "probe"})
     views: Views | None = None
+    view_batch: int | None = None
+    wrap: int = 0
     strength: float | None = None
     channels: int = 0
     checkpoint: str = ""
@@ -234,6 +240,7 @@ class Declaration:
     keeps: tuple[str, ...] = ()
     rescale: float = 0.0
     probes: tuple[str, ...] = ()
+    probe_passes: Mapping[int, int] = field(default_factory=dict)
 
 
 class Settings(BaseModel, metaclass=Positional):
@@ -271,6 +278,9 @@ class Control(Settings):
     Raises:
         InputError: an unknown or ill-typed setting.
     """
+
+    by_views: ClassVar[bool] = False
+    """Whether the hooks within a pass keep nothing of it, so that the views of a canvas may come in several passes."""
 
     type: str = Field(kw_only=True)
     """Name in the catalogue; each control narrows it: ``type: Literal["x"] = Field(default="x", kw_only=True)``."""
@@ -310,7 +320,8 @@ class Control(Settings):
             silent = len(values) > 0 and all(isinstance(v, int | float) and v == 0 for v in values)
         else:
             silent = isinstance(values, int | float) and values == 0
-        return silent or not self.window(n)
+        # Asked of the class, since a setting may be called so too (MultiDiffusion's size of a window).
+        return silent or not type(self).window(self, n)
 
     def window(self, n: int) -> frozenset[int]:
         """Steps at which the control acts; from ``start`` and ``end`` where it has them."""
@@ -326,8 +337,11 @@ class Control(Settings):
 
     # A run.
 
-    def attach(self, backbone: Backbone) -> AbstractContextManager[None] | None:
-        """Change the network for the whole run (LoRA, new words): a context that puts everything back when it exits."""
+    def attach(self, backbone: Backbone) -> AbstractContextManager[Any] | None:
+        """Change the network for the whole run (LoRA, new words): a context that puts everything back when it exits.
+
+        What it gives on entering is ``run.attachment(self)``.
+        """
         return None
 
     def weights(self, tag: str, backbone: Backbone) -> AbstractContextManager[None] | None:

@@ -5,10 +5,10 @@ Everything here is known before the run; `controlroom.sampling.plan` builds it a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from controlroom.core.branch import IMAGE, Branch, Layout, State, Views
+from controlroom.core.branch import IMAGE, Branch, Layout, State, Views, ViewsPart
 from controlroom.core.control import Control, Declaration, Outline
 
 
@@ -50,6 +50,30 @@ class Plan:
     strength: float | None = None
     channels: int = 0
     _layouts: dict[frozenset[str], tuple[Layout, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def wrap(self) -> int:
+        """Latent columns by which the picture is continued around its edges for decoding."""
+        return max((entry.declaration.wrap for entry in self.controls), default=0)
+
+    @cached_property
+    def parts(self) -> tuple[Plan, ...]:
+        """The plan for some of the views at a time, in their order; only itself where all go through at once."""
+        batch = next((e.declaration.view_batch for e in self.controls if e.declaration.view_batch is not None), None)
+        if self.views is None or batch is None or batch >= self.views.count:
+            return (self,)
+        starts = range(0, self.views.count, batch)
+        sizes = [min(batch, self.views.count - start) for start in starts]
+        views = [ViewsPart(self.views, start, size) for start, size in zip(starts, sizes, strict=True)]
+        return tuple(replace(self, views=part, _layouts={}) for part in views)
+
+    def passes(self, names: tuple[str, ...]) -> tuple[Layout, ...]:
+        """Passes for these branches, those over a part of the views each for itself."""
+        if len(self.parts) == 1:
+            return self.layouts(names)
+        seen = tuple(name for name in names if self.branches[name].state == IMAGE)
+        rest = tuple(name for name in names if name not in seen)
+        return (*(layout for part in self.parts for layout in part.layouts(seen)), *self.layouts(rest))
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -57,16 +57,17 @@ def explain_plan(plan: Plan) -> Explanation:
     """Read a plan."""
     rows, passes, energies, energy_rows = [], [], [], []
     for i in range(plan.n):
-        layouts = [*plan.layouts(plan.running(i))]
-        for entry in plan.active(i):
-            layouts += plan.layouts(plan.closure(entry.declaration.probes))
+        layouts = [*plan.passes(plan.running(i))]
+        asked = [entry for entry in plan.active(i) for _ in range(entry.declaration.probe_passes.get(i, 1))]
+        for entry in asked:
+            layouts += plan.passes(plan.closure(entry.declaration.probes))
         rows.append(sum(layout.total for layout in layouts))
         passes.append(len(layouts))
         needs = [e.declaration.energy for e in plan.active(i) if e.declaration.energy is not None]
         due = [need for need in needs if need.steps is None or i in need.steps]
         # One pass serves all controls that need a gradient.
         names = dict.fromkeys(name for need in due for name in need.branches)
-        carried = plan.layouts(plan.closure(tuple(names))) if due else ()
+        carried = plan.passes(plan.closure(tuple(names))) if due else ()
         energies.append(len(carried))
         energy_rows.append(sum(layout.total for layout in carried))
     branches = tuple(

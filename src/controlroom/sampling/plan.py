@@ -57,7 +57,7 @@ def make_plan(
     gone = {label for label, _ in dropped}
     acting = [entry for entry in kept if entry[1] not in gone]
     planned = tuple(
-        PlannedControl(control, label, declaration, control.window(outline.steps))
+        PlannedControl(control, label, declaration, type(control).window(control, outline.steps))
         for (control, label), declaration in zip(acting, _declare(acting, outline), strict=True)
     )
     for what, chosen in (("strength", strength), ("views", views)):
@@ -98,7 +98,7 @@ def _labels(controls: Sequence[Control]) -> list[str]:
 
 
 def _why(control: Control, n: int) -> str:
-    if not control.window(n):
+    if not type(control).window(control, n):
         return f"no step of {n} lies in its window"
     return "its scale is 0" if hasattr(control, "scale") else "it changes nothing"
 
@@ -137,6 +137,7 @@ def _assemble(
         channels=sum(entry.declaration.channels for entry in planned),
     )
     _check_branches(plan)
+    _check_views(plan)
     _check_channels(plan, in_channels)
     return plan
 
@@ -194,6 +195,21 @@ def _check_branches(plan: Plan) -> None:
         missing = [] if energy is None else [b for b in energy.branches if b not in plan.branches]
         if missing:
             raise InputError(f"{entry.label} needs the branches {missing}, which this run does not have.")
+
+
+def _check_views(plan: Plan) -> None:
+    """Views in several passes are for controls that keep nothing of a pass."""
+    owner = next((entry for entry in plan.controls if entry.declaration.view_batch is not None), None)
+    if owner is None or len(plan.parts) == 1:
+        return
+    for entry in plan.controls:
+        inside = any(implements(entry.control, hook) for hook in ("attention", "feature", "side"))
+        if inside and not entry.control.by_views:
+            raise ConflictError(
+                f"{owner.label} and {entry.label} cannot run together with view_batch_size="
+                f"{owner.declaration.view_batch}: {entry.label} works on all views of the canvas at once. Leave "
+                "view_batch_size out, or use larger windows or strides."
+            )
 
 
 def _check_channels(plan: Plan, in_channels: int) -> None:

@@ -31,6 +31,24 @@ class Forward:
         self._acting: dict[tuple[tuple[int, ...], str], tuple[dict, dict]] = {}
 
     def __call__(self, step: Step, names: tuple[str, ...], phase: str) -> dict[str, torch.Tensor]:
+        plan = self.run.plan
+        if len(plan.parts) == 1:
+            return self._whole(step, names, phase)
+        # Views in turns: each part is a plan of its own, so that everything cuts what it gives along with them.
+        seen = tuple(name for name in names if plan.branches[name].state == IMAGE)
+        rest = tuple(name for name in names if name not in seen)
+        found = self._whole(step, rest, phase) if rest else {}
+        pieces: list[dict[str, torch.Tensor]] = []
+        try:
+            for part in plan.parts if seen else ():
+                self.run.plan = part
+                pieces.append(self._whole(step, seen, phase))
+        finally:
+            self.run.plan = plan
+        return found | {name: torch.cat([piece[name] for piece in pieces]) for name in (seen if pieces else ())}
+
+    def _whole(self, step: Step, names: tuple[str, ...], phase: str) -> dict[str, torch.Tensor]:
+        """Passes over some branches with all rows that the plan gives them."""
         outer = step.present, step.phase
         step.present, step.phase = names, phase
         try:
