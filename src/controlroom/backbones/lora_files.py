@@ -1,0 +1,332 @@
+"""Files of LoRAs and their relatives: every dialect read into one form, every key accounted for; and written.
+
+Read: PEFT (folder or keys), diffusers old and new, kohya (with alpha, DoRA, LoCon, LoHa, LoKr, full differences),
+ComfyUI. Which one it is, is told from the keys, never from the file's name. Written: diffusers', with its
+metadata, and kohya's, with alpha.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from controlroom.backbones.lora_layers import Applied, Factors, Full, Hadamard, Kronecker, LayerChange, LowRank
+from controlroom.backbones.lora_names import TEXT, UNET, Layer, Names
+from controlroom.backbones.model_files import explained, read_json, read_safetensors
+from controlroom.core.errors import ModelError
+from controlroom.core.files import atomic_path
+
+Dialect = Literal["diffusers", "kohya"]
+
+_SLOTS = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "core",
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+    "lora_linear_layer.down.weight": "down",
+    "lora_linear_layer.up.weight": "up",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_A.default.weight": "down",
+    "lora_B.default.weight": "up",
+    "dora_scale": "magnitude",
+    "lora_magnitude_vector": "lengths",
+    "lora_magnitude_vector.weight": "lengths",
+    "lora_magnitude_vector.default.weight": "lengths",
+    "alpha": "alpha",
+    "diff": "diff",
+    "diff_b": "diff_b",
+    **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+}
+"""End of a key -> what it holds."""
+_OLD = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
+_WORD = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_param\.\*|clip_l|clip_g)")
+_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """What a file holds, in the names of one model.
+
+    Attributes:
+        layers: part and path of a layer -> its change.
+        words: learned words that came along (kohya's ``bundle_emb``): word -> vectors for each text encoder.
+        keys: number of keys in the file; all of them were read.
+        notes: what was assumed, in sentences.
+    """
+
+    layers: Mapping[Layer, LayerChange]
+    words: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    keys: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def account(self) -> str:
+        """How many keys changed how many layers of which part."""
+        parts: dict[str, int] = {}
+        for part, _ in self.layers:
+            parts[part] = parts.get(part, 0) + 1
+        listed = ", ".join(f"{count} of the {part}" for part, count in sorted(parts.items(), reverse=True))
+        words = f", words {', '.join(self.words)}" if self.words else ""
+        return f"{self.keys} of {self.keys} keys read: layers {listed}{words}"
+
+
+def load_lora(path: Path, names: Names) -> LoRAFile:
+    """The LoRA in a ``.safetensors`` file, or in the folder that PEFT or diffusers saved.
+
+    Raises:
+        ModelError: broken, of another kind, a key that nothing reads, or made for another model.
+    """
+    config: dict[str, Any] = {}
+    file = path
+    if path.is_dir():
+        known = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+        found = [path / name for name in known if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise ModelError(f"{path} holds {len(found)} .safetensors files; name the one of the LoRA.")
+        file = found[0]
+        if (path / "adapter_config.json").is_file():
+            config = {f"{UNET}.{key}": value for key, value in read_json(path / "adapter_config.json").items()}
+    return lora_from_tensors(read_safetensors(file), names, str(file), config or _metadata(file))
+
+
+def lora_from_tensors(
+    tensors: Mapping[str, Tensor],
+    names: Names,
+    what: str = "the LoRA",
+    config: Mapping[str, Any] | None = None,
+) -> LoRAFile:
+    """The LoRA in a mapping with the keys of a file.
+
+    Args:
+        tensors: any dialect.
+        names: those of the model that it is for.
+        what: it is, for messages.
+        config: PEFT's configuration, its keys after ``unet.`` or ``text_encoder.``; diffusers keeps it in the metadata.
+
+    Raises:
+        ModelError: as `load_lora`.
+    """
+    config = config or {}
+    found: dict[Layer, dict[str, Tensor]] = {}
+    words: dict[str, list[Tensor]] = {}
+    unread: list[str] = []
+    for key, value in sorted(tensors.items()):
+        word = _WORD.fullmatch(key)
+        if word:
+            words.setdefault(word[1], []).append(value)
+            continue
+        name, slot = _split(key)
+        layer = None if slot is None else names.find(name.removeprefix("base_model.model."))
+        if layer is None or slot is None:
+            unread.append(key)
+        else:
+            found.setdefault(layer, {})[slot] = value
+    if (not found and not words) or unread:
+        raise ModelError(_unread(unread, len(tensors), tensors, names, what))
+    notes: list[str] = []
+    layers: dict[Layer, LayerChange] = {}
+    without_alpha = 0
+    for layer, slots in found.items():
+        alpha = _alpha(layer, slots, config)
+        try:
+            whole = 0 if "alpha" in slots else int(config.get(f"{layer[0]}.r") or 0)
+            change = _change(slots, alpha, whole)
+            Applied.to(names.layers[layer], change)
+        except ModelError as error:
+            raise ModelError(f"{what} does not fit this model at {'.'.join(layer)}: {error}.{_maker(found)}") from error
+        layers[layer] = change
+        without_alpha += alpha is None and not isinstance(change.factors, Full)
+    if without_alpha:
+        notes.append(f"{what} says no alpha for {without_alpha} layers; their rank was taken, as diffusers does.")
+    return LoRAFile(layers, {word: tuple(parts) for word, parts in words.items()}, len(tensors), tuple(notes))
+
+
+def save_lora(
+    path: str | os.PathLike[str],
+    layers: Mapping[Layer, LayerChange],
+    names: Names,
+    dialect: Dialect = "diffusers",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a file that diffusers (``load_lora_weights``), or kohya's tools, ComfyUI and A1111 read.
+
+    Args:
+        path: the ``.safetensors`` file.
+        layers: low-rank changes.
+        names: those of the model.
+        dialect: keys of ``diffusers`` (PEFT's factors, alpha in the metadata) or ``kohya`` (alpha beside the factors).
+        metadata: more of it, text.
+
+    Raises:
+        ModelError: a change that is not of low rank, which diffusers' files cannot hold.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, dict[str, float]] = {}
+    for layer, change in layers.items():
+        factors = change.factors
+        if not isinstance(factors, LowRank) or change.bias is not None:
+            raise ModelError(f"{'.'.join(layer)} has no low-rank change; only those can be written.")
+        down, up = factors.down.detach().cpu(), factors.up.detach().cpu()
+        alpha = float(factors.rank if factors.alpha is None else factors.alpha)
+        if dialect == "kohya":
+            name = names.kohya(layer)
+            parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
+            if factors.core is not None:
+                parts["lora_mid.weight"] = factors.core.detach().cpu()
+            if change.magnitude is not None:
+                lengths = change.magnitude.detach().cpu()
+                parts["dora_scale"] = lengths.reshape(-1, 1) if lengths.ndim == 1 else lengths
+        else:
+            if factors.core is not None:
+                raise ModelError(f"{'.'.join(layer)} has a core, which only kohya's files can hold. Use that dialect.")
+            part, inner = layer
+            name = f"{part}.{inner}" if part == UNET else f"{part}.text_model.{inner}"
+            parts = {"lora_A.weight": down, "lora_B.weight": up}
+            if change.magnitude is not None:
+                parts["lora_magnitude_vector"] = change.magnitude.detach().cpu().flatten()
+            ranks.setdefault(part, {})[inner] = alpha
+        tensors |= {f"{name}.{end}": tensor.contiguous().clone() for end, tensor in parts.items()}
+    about = {"format": "pt", **(metadata or {})}
+    if dialect == "diffusers":
+        about["lora_adapter_metadata"] = json.dumps(_peft_config(layers, ranks), sort_keys=True)
+    else:
+        about = {"ss_network_module": "networks.lora", **about}
+    with atomic_path(path) as beside:
+        save_file(tensors, str(beside), about)
+    return path
+
+
+def _peft_config(layers: Mapping[Layer, LayerChange], alphas: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What diffusers builds PEFT's configuration of each part from."""
+    found: dict[str, Any] = {}
+    for part, by_path in alphas.items():
+        ranks = {path: change.factors.rank for (p, path), change in layers.items() if p == part and change.factors}
+        rank, alpha = next(iter(ranks.values())), next(iter(by_path.values()))
+        found |= {
+            f"{part}.r": rank,
+            f"{part}.lora_alpha": alpha,
+            f"{part}.rank_pattern": {path: r for path, r in ranks.items() if r != rank},
+            f"{part}.alpha_pattern": {path: a for path, a in by_path.items() if a != alpha},
+            f"{part}.target_modules": sorted(ranks),
+            f"{part}.use_dora": any(c.magnitude is not None for (p, _), c in layers.items() if p == part),
+            f"{part}.lora_bias": False,
+        }
+    return found
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """Name of the layer, and what the key holds of it (None: unknown)."""
+    old = _OLD.fullmatch(key)
+    if old:
+        return f"{old[1]}.{'to_out.0' if old[2] == 'to_out' else old[2]}", old[3]
+    parts = key.split(".")
+    for length in (3, 2, 1):
+        end = ".".join(parts[-length:])
+        if end in _SLOTS and len(parts) > length:
+            return ".".join(parts[:-length]), _SLOTS[end]
+    return key, None
+
+
+def _alpha(layer: Layer, slots: Mapping[str, Tensor], config: Mapping[str, Any]) -> float | None:
+    if "alpha" in slots:
+        return float(slots["alpha"])
+    part, path = layer
+    pattern = config.get(f"{part}.alpha_pattern") or {}
+    # PEFT takes the ends of paths, and regular expressions, for patterns.
+    for end, value in pattern.items():
+        if path == end or path.endswith("." + end) or re.fullmatch(rf"(.*\.)?({end})", path):
+            return float(value)
+    alpha = config.get(f"{part}.lora_alpha", config.get(f"{part}.alpha"))
+    if alpha is None:
+        return None
+    if config.get(f"{part}.use_rslora"):
+        return float(alpha) * float(slots["down"].shape[0]) ** 0.5
+    return float(alpha)
+
+
+def _change(slots: Mapping[str, Tensor], alpha: float | None, whole: int) -> LayerChange:
+    names = set(slots) - {"alpha", "magnitude", "lengths", "diff_b"}
+    factors: Factors | None
+    if names in ({"down", "up"}, {"down", "up", "core"}):
+        factors = LowRank(slots["down"], slots["up"], slots.get("core"), alpha)
+    elif names in (_HADA, _HADA | {"hada_t1", "hada_t2"}):
+        cores = (slots["hada_t1"], slots["hada_t2"]) if "hada_t1" in slots else None
+        first, second = (slots["hada_w1_a"], slots["hada_w1_b"]), (slots["hada_w2_a"], slots["hada_w2_b"])
+        factors = Hadamard(first, second, cores, alpha)
+    elif names and all(name.startswith("lokr_") for name in names):
+        sides = [
+            tuple(slots[f"lokr_w{i}{end}"] for end in ("", "_a", "_b") if f"lokr_w{i}{end}" in slots) for i in "12"
+        ]
+        if not all(len(side) == (1 if f"lokr_w{i}" in slots else 2) for i, side in zip("12", sides, strict=True)):
+            raise ModelError(f"it has {', '.join(sorted(names))} alone")
+        factors = Kronecker(sides[0], sides[1], slots.get("lokr_t2"), alpha, whole)
+    elif names == {"diff"}:
+        factors = Full(slots["diff"])
+    elif not names and "diff_b" in slots:
+        factors = None
+    else:
+        raise ModelError(f"it has {', '.join(sorted(slots))} alone")
+    # PEFT keeps the lengths of a convolution's outputs as [1, out, 1, 1], LyCORIS those of inputs as [1, in, 1, 1].
+    magnitude = slots["lengths"].flatten() if "lengths" in slots else slots.get("magnitude")
+    return LayerChange(factors, magnitude, slots.get("diff_b"))
+
+
+_HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """diffusers' configuration, out of the file's metadata."""
+    from safetensors import safe_open
+
+    def read() -> dict[str, Any]:
+        with safe_open(str(file), framework="pt") as content:
+            about = content.metadata() or {}
+        config = json.loads(about.get("lora_adapter_metadata", "{}"))
+        return config if isinstance(config, dict) else {}
+
+    return explained(str(file), read)
+
+
+def _unread(unread: list[str], total: int, tensors: Mapping[str, Tensor], names: Names, what: str) -> str:
+    if not total:
+        return f"{what} is empty."
+    joined = " ".join(unread[:50])
+    if "image_proj" in joined or "ip_adapter." in joined:
+        return f"{what} is an IP-Adapter. Use cr.IPAdapter({what!r})."
+    if len(unread) == total and all(tensors[key].ndim <= 2 and "." not in key for key in unread):
+        return f"{what} looks like learned words. Use cr.TextualInversion({what!r})."
+    if any(_split(key)[1] is not None for key in unread):
+        meant = _maker({(UNET, key): {"down": value} for key, value in tensors.items() if _split(key)[1] == "down"})
+        two = any("te2_" in key or "text_encoder_2" in key for key in unread)
+        hint = meant or (" It has a second text encoder, as Stable Diffusion XL has." if two and not names.two else "")
+        return (
+            f"{what} does not fit this model: {len(unread)} of its {total} keys are for layers that it does not have, "
+            f"such as {unread[0]!r}.{hint} Use the model that it was made for."
+        )
+    return (
+        f"{what} is not a LoRA that can be read: {len(unread)} of its {total} keys are unknown, such as {unread[0]!r}. "
+        "Known are PEFT, diffusers, kohya (LoRA, LoCon, LoHa, LoKr, DoRA, full) and ComfyUI."
+    )
+
+
+def _maker(found: Mapping[Layer, Mapping[str, Tensor]]) -> str:
+    """The model whose text is as wide as the file's, as a sentence; "" where it cannot be told."""
+    for (part, path), slots in found.items():
+        if part != TEXT and "attn2" in path and ("to_k" in path or "to_v" in path) and "down" in slots:
+            width = int(slots["down"].shape[1]) if slots["down"].ndim > 1 else 0
+            return f" It was made for {_WIDTHS.get(width, f'text {width} wide')}."
+    return ""
