@@ -47,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     one_step(TheatreAutoencoder(), folder / "autoencoder")
     one_step(TheatreClip(folder / "tokenizer"), folder / "clip")
-    one_step(TheatreAttributeReader(), folder / "attribute_reader")
+    one_step(TheatreAttributeReader(folder / "autoencoder/weights"), folder / "attribute_reader")
     one_step(TheatreKeypointReader(), folder / "keypoint_reader")
     unet = TheatreUNet(folder / "autoencoder/weights", folder / "clip/weights", folder / "latents", scenes=4)
     one_step(unet, folder / "unet")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,13 +28,13 @@ from controlroom.training.recipes.theatre_autoencoder import to_pixels
 #: The readers judge mostly single puppets and pairs of props; every style and view is read too.
 READER_MIX = Mix(
     kinds={
-        "puppet": 0.6,
-        "portrait": 0.04,
-        "puppet_and_prop": 0.12,
-        "two_puppets": 0.04,
-        "prop": 0.06,
-        "two_props": 0.12,
-        "three": 0.02,
+        "puppet": 0.4,
+        "portrait": 0.03,
+        "puppet_and_prop": 0.14,
+        "two_puppets": 0.03,
+        "prop": 0.04,
+        "two_props": 0.33,
+        "three": 0.03,
     },
     styles={"flat": 0.76, "sketch": 0.06, "watercolour": 0.06, "pixel": 0.06, "neon": 0.06},
     views={"front": 0.79, "side": 0.09, "back": 0.07, "above": 0.05},
@@ -49,6 +51,13 @@ def soften(pixels: Tensor, rng: StepRandom) -> Tensor:
     return (mixed * contrast + noise).clamp(-1.0, 1.0)
 
 
+@torch.no_grad()
+def reconstructed(vae: Any, pixels: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1] through an autoencoder, by the means of its posterior."""
+    latents = vae.encode(pixels.to(vae.device)).latent_dist.mean
+    return vae.decode(latents).sample.clamp(-1.0, 1.0).to(pixels.device)
+
+
 @dataclass(frozen=True)
 class LabelledBatch:
     """``pixels`` [B, 3, 128, 128]; ``labels`` [B, questions], -1 where a question has no answer."""
@@ -58,27 +67,36 @@ class LabelledBatch:
 
 
 class TheatreAttributeReader:
-    """Recipe: attributes of a render, cross-entropy over every question that has an answer."""
+    """Recipe: attributes of a picture, cross-entropy over every question that has an answer.
+
+    Args:
+        vae_folder: An autoencoder, through which every second render goes first: pictures that are drawn come out of
+            its decoder, and the reader must not judge how a decoder draws. None shows renders alone.
+    """
 
     name = "theatre_attribute_reader"
 
-    def __init__(self) -> None:
+    def __init__(self, vae_folder: Path | None = None) -> None:
         torch.manual_seed(1)
         self.reader = AttributeReader(a.ANSWERS)
+        self.vae: Any = None if vae_folder is None else AutoencoderKL.from_pretrained(vae_folder).eval()
 
     def modules(self) -> dict[str, nn.Module]:
         return {"reader": self.reader}
 
     def frozen(self) -> dict[str, nn.Module]:
-        return {}
+        return {} if self.vae is None else {"vae": self.vae}
 
     def fingerprint(self) -> str:
-        return WORLD_VERSION
+        return f"{WORLD_VERSION} reconstructed={self.vae is not None} {sorted(READER_MIX.kinds.items())}"
 
     def batch(self, indices: Sequence[int], step: int) -> LabelledBatch:
         scenes = [sample_scene(index, "train", READER_MIX) for index in indices]
         labels = torch.tensor([a.labels(a.attributes(scene)) for scene in scenes])
-        return LabelledBatch(to_pixels([render(scene) for scene in scenes]), labels)
+        pixels = to_pixels([render(scene) for scene in scenes])
+        if self.vae is not None:
+            pixels[::2] = reconstructed(self.vae, pixels[::2])
+        return LabelledBatch(pixels, labels)
 
     def loss(self, batch: LabelledBatch, step: int, rng: StepRandom) -> Losses:
         logits = self.reader(soften(batch.pixels, rng))
