@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from controlroom.core.control import Control as Control
     from controlroom.core.errors import ConflictError as ConflictError
     from controlroom.controls.spatial.t2i_adapter import T2IAdapter as T2IAdapter
+    from controlroom.controls.spatial.uni_controlnet import LocalConditions as LocalConditions
+    from controlroom.controls.spatial.uni_controlnet import UniControlNet as UniControlNet
     from controlroom.core.errors import ControlRoomError as ControlRoomError
     from controlroom.core.errors import InputError as InputError
     from controlroom.core.errors import ModelError as ModelError
@@ -113,6 +115,7 @@ _EXPORTS: dict[str, str] = {
     "InstructPix2Pix": "controlroom.controls.editing.instruct_pix2pix",
     "KeepAppearance": "controlroom.controls.object_edits",
     "KeepShape": "controlroom.controls.object_edits",
+    "LocalConditions": "controlroom.controls.spatial.uni_controlnet",
     "MasaCtrl": "controlroom.controls.editing.masactrl",
     "Move": "controlroom.controls.object_edits",
     "PerpNeg": "controlroom.controls.guidance.perp_neg",
@@ -128,6 +131,7 @@ _EXPORTS: dict[str, str] = {
     "SemanticGuidance": "controlroom.controls.guidance.semantic_guidance",
     "SmoothedEnergyGuidance": "controlroom.controls.guidance.smoothed_energy_guidance",
     "StyleAligned": "controlroom.controls.style.style_aligned",
+    "UniControlNet": "controlroom.controls.spatial.uni_controlnet",
     "Upscale": "controlroom.controls.editing.upscale",
     "WordMask": "controlroom.controls.word_mask",
     "edit_direction": "controlroom.controls.edit_direction",

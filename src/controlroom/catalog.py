@@ -247,8 +247,9 @@ SYSTEMS: tuple[System, ...] = (
         code=("controlroom.controls.spatial.t2i_adapter:T2IAdapter",),
         recipe="controlroom.training.recipes.theatre_t2i_adapter:TheatreT2IAdapter",
         signals=("canny", "depth", "scribble", "pose"),
-        backbones=SD1_SDXL,
+        backbones=SD,
         weights_licence="Apache-2.0",
+        status="working",
         neutral=SCALE_0,
         proof="parity with diffusers' StableDiffusionAdapterPipeline and StableDiffusionXLAdapterPipeline: full, light "
         "and XL adapters, several at once",
@@ -714,12 +715,14 @@ SYSTEMS: tuple[System, ...] = (
         papers=(Paper("Uni-ControlNet: All-in-One Control to Text-to-Image Diffusion Models", "2305.16322"),),
         does="One local and one global adapter for all conditions.",
         code=("controlroom.controls.spatial.uni_controlnet:UniControlNet",),
-        recipe="controlroom.training.recipes.uni_controlnet:UniControlNetRecipe",
-        signals=("canny", "hed", "mlsd", "depth", "segmentation", "scribble", "pose"),
-        backbones=SD1,
+        recipe="controlroom.training.recipes.theatre_uni_controlnet:TheatreUniControlNet",
+        signals=("canny", "hed", "mlsd", "normal", "depth", "segmentation", "scribble", "pose"),
+        backbones=SD,
         weights_licence=UNCHECKED,
+        status="working",
         neutral=SCALE_0,
-        proof="transcription of the published adapters in the test",
+        proof="the published equations (injection at each level, tokens of the content), written out in the test with "
+        "a loop by hand, on tiny random weights",
     ),
     System(
         number=45,
@@ -998,6 +1001,7 @@ CONTROL_TYPES: dict[str, str] = {
     "semantic_guidance": "controlroom.controls.guidance.semantic_guidance:SemanticGuidance",
     "smoothed_energy_guidance": "controlroom.controls.guidance.smoothed_energy_guidance:SmoothedEnergyGuidance",
     "style_aligned": "controlroom.controls.style.style_aligned:StyleAligned",
+    "uni_controlnet": "controlroom.controls.spatial.uni_controlnet:UniControlNet",
     "upscale": "controlroom.controls.editing.upscale:Upscale",
 }
 

@@ -146,3 +146,27 @@ def tiny_t2i_adapter(unet: Any, seed: int = 19, light: bool = False, in_channels
             if name.endswith(("conv_in.weight", "block2.weight", "out_conv.weight")):
                 parameter.mul_(gain)
     return net
+
+
+def tiny_uni_adapters(unet: Any, seed: int = 23, kinds: tuple[str, ...] = ("canny", "depth", "pose")) -> dict[str, Any]:
+    """Both adapters of a Uni-ControlNet for a miniature; what starts at zero is random here."""
+    from controlroom.backbones.uni_controlnet import GlobalAdapter, new_local_adapter
+
+    torch.manual_seed(seed)
+    levels = len(unet.config.block_out_channels)
+    local = new_local_adapter(unet, kinds, (8,), (8, 16, 16)[:levels], 1).eval()
+    with torch.no_grad():
+        for name, parameter in local.named_parameters():
+            if name.startswith(("zero", "features.zero")) or ".norm_in." in name or ".norm_out." in name:
+                parameter.normal_(0.0, 0.3)
+    return {"local": local, "global": GlobalAdapter(24, int(unet.config.cross_attention_dim)).eval()}
+
+
+def write_uni_controlnet(unet: Any, folder: Path) -> Path:
+    """The folder of a Uni-ControlNet for a miniature, with its image encoder."""
+    from controlroom.backbones.uni_controlnet import save_adapter
+
+    for part, net in tiny_uni_adapters(unet).items():
+        save_adapter(net, folder / part)
+    tiny_image_encoder().save_pretrained(folder / "global/image_encoder")
+    return folder

@@ -25,7 +25,14 @@ from controlroom.core.errors import ConflictError, InputError
 from controlroom.core.spec import RunSpec
 from controlroom.sampling.inversion import invert
 from controlroom.sampling.pipeline import Pipeline
-from tests.controls.nets import tiny_controlnet, tiny_image_encoder, tiny_imagic, tiny_ip_adapter, tiny_t2i_adapter
+from tests.controls.nets import (
+    tiny_controlnet,
+    tiny_image_encoder,
+    tiny_imagic,
+    tiny_ip_adapter,
+    tiny_t2i_adapter,
+    write_uni_controlnet,
+)
 from tests.tiny import BACKBONES
 from tests.traces import traces
 
@@ -75,6 +82,11 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     },
     "smoothed_energy_guidance": lambda folder: {"layers": "up", "sigma": 2.0},
     "style_aligned": lambda folder: {"reference": picture(8), "prompt": "a blue dog"},
+    "uni_controlnet": lambda folder: {
+        "model": str(folder / "uni_controlnet"),
+        "images": {"pose": picture(11), "depth": picture(12)},
+        "content": picture(13),
+    },
     "upscale": lambda folder: {"image": picture(6).resize((8, 8)), "strength": 1.0},
 }
 """Type of a control -> settings with which it acts, of what lies in a folder made by `files`."""
@@ -109,6 +121,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "appearance_control": ("image", "model", "scale"),
     "attend_and_excite": ("indices", "words", "iterations", "thresholds", "step_size"),
     "t2i_adapter": {"scale": 0.0},
+    "uni_controlnet": {"scale": 0.0},
     "controlnet": ("model", "image", "scale", "start", "end", "mask", "guess_mode"),
     "depth_to_image": ("image", "depth", "strength"),
     "from_inversion": ("inversion", "strength"),
@@ -131,6 +144,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "semantic_guidance": ("edits", "momentum_scale", "momentum_beta"),
     "smoothed_energy_guidance": ("scale", "layers"),
     "style_aligned": ("reference", "scale"),
+    "uni_controlnet": ("model", "images", "content", "scale", "local_scale", "global_scale"),
     "upscale": ("image", "strength"),
 }
 """Positional arguments that checks from outside rely on (DESIGN.md, section 9)."""
@@ -177,6 +191,7 @@ class Stage:
 
     def draw_without(self, name: str, **settings: Any) -> Any:
         tiny_t2i_adapter(plain.unet).save_pretrained(folder / "t2i_adapter")
+        write_uni_controlnet(plain.unet, folder / "uni_controlnet")
         """A run that one with the control differs from."""
         others = [self.control(name, **OTHERWISE[name])] if name in OTHERWISE else []
         return self.draw(*others, **settings)

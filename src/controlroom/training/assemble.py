@@ -25,6 +25,8 @@ PARTS = {
     "appearance": "appearance",
     "retarget": ".",  # the joint stage, which writes both over
     "controlnet_multi": "multi",
+    "uni_local": "uni_controlnet/local",
+    "uni_global": "uni_controlnet/global",
     "ip_adapter": "ip_adapter",
     "t2i_adapter_pose": "t2i_adapter_pose",
     "instruct_pix2pix": "instruct_pix2pix",

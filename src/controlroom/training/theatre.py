@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from controlroom.backbones.controlnet import CONDITION_KINDS
 from controlroom.training.hardware import keep_freed_memory
@@ -91,6 +91,12 @@ def _controlnet(kind: str) -> Recipe[Any]:
     from controlroom.training.recipes.theatre_controlnet import TheatreControlNet
 
     return TheatreControlNet(*_trained_parts(), RUNS / "latents", kind, SCENES)
+
+
+def _uni(part: Literal["local", "global"]) -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_uni_controlnet import TheatreUniControlNet
+
+    return TheatreUniControlNet(*_trained_parts(), RUNS / "latents", part, SCENES)
 
 
 def _ip_adapter() -> Recipe[Any]:
@@ -211,6 +217,14 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         )
         for kind, samples in (("multi", 400_000), *((kind, 200_000) for kind in CONDITION_KINDS))
     },
+    "uni_local": (
+        partial(_uni, "local"),
+        _CONTROL | {"total_samples": 400_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
+    ),
+    "uni_global": (
+        partial(_uni, "global"),
+        _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
+    ),
     "ip_adapter": (
         _ip_adapter,
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
