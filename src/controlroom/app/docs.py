@@ -1,12 +1,15 @@
 """The generated pages of ``docs/``: ``python -m controlroom.app.docs`` writes them, ``--check`` says if they are old.
 
 `docs/systems.md` is the catalogue for readers. It is written from `controlroom.catalog` and never by hand.
+`docs/effects.md` is the table of effects, from the reports in `docs/measured/effects`, by
+`controlroom.evaluation.effects`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from controlroom.catalog import FURTHER, SYSTEMS, Paper, System
@@ -43,7 +46,14 @@ def systems_page() -> str:
     return HEADER + "\n".join(lines).rstrip("\n") + "\n"
 
 
-PAGES = {"systems.md": systems_page}
+def _effects(folder: Path) -> str:
+    from controlroom.evaluation.effects import effects_page
+
+    return effects_page(folder)
+
+
+PAGES: dict[str, Callable[[Path], str]] = {"systems.md": lambda _: systems_page(), "effects.md": _effects}
+"""Page -> its text, for the folder of the docs."""
 
 
 def _table(systems: tuple[System, ...]) -> list[str]:
@@ -124,7 +134,7 @@ def _write_or_check(folder: Path, *, check: bool) -> int:
         )
     old = []
     for name, page in PAGES.items():
-        path, text = folder / name, page()
+        path, text = folder / name, page(folder)
         if path.is_file() and path.read_bytes() == text.encode("utf-8"):
             continue
         old.append(str(path))

@@ -1,4 +1,4 @@
-"""The suites of effects: every one runs from end to end on a theatre of miniatures, and counts what is there to count."""
+"""The suites of effects: each runs from end to end on a theatre of miniatures, and counts what is there to count."""
 
 from __future__ import annotations
 

@@ -328,4 +328,5 @@ def editing_suite(
 def edit_rank(values: Values, arm: str) -> tuple[float, ...]:
     """Changes that were made before those that were not; then by how well the outside was kept."""
     own = values[arm]
-    return own[MADE] or 0.0, own[PSNR] if own[PSNR] is not None else 10 * (own[REST] or 0.0)
+    outside = own[PSNR]
+    return own[MADE] or 0.0, 10 * (own[REST] or 0.0) if outside is None else outside

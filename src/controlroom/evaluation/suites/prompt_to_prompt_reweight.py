@@ -74,8 +74,9 @@ class OutsideJudge:
             row: dict[str, dict[str, float | None]] = {}
             for arm in one.pictures:
                 if arm not in (PLAIN, TRUE) and not region.all():
-                    pair = (unit_pixels([each]) for each in (picture, one.pictures[arm]))
-                    row[arm] = {PSNR: min(float(background(*pair, torch.from_numpy(region)[None]).psnr), CEILING)}
+                    before, after = (unit_pixels([each]) for each in (picture, one.pictures[arm]))
+                    kept = background(before, after, torch.from_numpy(region)[None])
+                    row[arm] = {PSNR: min(float(kept.psnr), CEILING)}
             found.append(row)
         return found
 

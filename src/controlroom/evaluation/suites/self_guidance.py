@@ -140,10 +140,9 @@ class CommandJudge:
         )
 
     def __call__(self, shown: Sequence[Shown[Command]]) -> Sequence[Values]:
-        read, points = (
-            {arm: look([one.pictures[arm] for one in shown]) for arm in (PLAIN, GUIDED)}
-            for look in (self.attribute_reader.read, self.keypoint_reader.keypoints)
-        )
+        pictures = {arm: [one.pictures[arm] for one in shown] for arm in (PLAIN, GUIDED)}
+        read = {arm: self.attribute_reader.read(column) for arm, column in pictures.items()}
+        points = {arm: self.keypoint_reader.keypoints(column) for arm, column in pictures.items()}
         found: list[Values] = []
         for index, one in enumerate(shown):
             row: dict[str, dict[str, float | None]] = {}
@@ -154,8 +153,8 @@ class CommandJudge:
             size = one.pictures[PLAIN].size
             region = region_of(points[PLAIN][index], PUPPET, size) | region_of(points[GUIDED][index], PUPPET, size)
             if not region.all():
-                pair = (unit_pixels([one.pictures[arm]]) for arm in (PLAIN, GUIDED))
-                kept = background(*pair, torch.from_numpy(region)[None])
+                before, after = (unit_pixels([one.pictures[arm]]) for arm in (PLAIN, GUIDED))
+                kept = background(before, after, torch.from_numpy(region)[None])
                 row[GUIDED][PSNR] = min(float(kept.psnr), CEILING)
             found.append(row)
         return found
