@@ -76,6 +76,48 @@ def controlnet(bench: Bench) -> tuple[str, Call, Call]:
     return "ControlNet", bench.controlled(ours), lambda output="pil": bench.run(theirs, output, image=bench.picture)
 
 
+def controlnet_multi(bench: Bench) -> tuple[str, Call, Call]:
+    """Two ControlNets at once."""
+    from diffusers import MultiControlNetModel, StableDiffusionControlNetPipeline
+
+    nets = _two_controlnets(bench)
+    parts = {name: part for name, part in bench.source.components.items() if name != "image_encoder"}
+    theirs: Any = StableDiffusionControlNetPipeline(**parts, controlnet=MultiControlNetModel(nets))
+    theirs.set_progress_bar_config(disable=True)
+    ours = [control_class("controlnet")(model=net, image=bench.picture) for net in nets]
+    return (
+        "ControlNet, two",
+        lambda output="pil": bench.run(bench.ours, output, controls=ours),
+        lambda output="pil": bench.run(theirs, output, image=[bench.picture] * 2),
+    )
+
+
+def controlnet_img2img(bench: Bench) -> tuple[str, Call, Call]:
+    """ControlNet from a picture, as `controlroom stylise` draws."""
+    from diffusers import StableDiffusionControlNetImg2ImgPipeline
+
+    net = _two_controlnets(bench)[0]
+    parts = {name: part for name, part in bench.source.components.items() if name != "image_encoder"}
+    theirs: Any = StableDiffusionControlNetImg2ImgPipeline(**parts, controlnet=net)
+    theirs.set_progress_bar_config(disable=True)
+    ours = [
+        control_class("image_to_image")(image=bench.picture, strength=0.8),
+        control_class("controlnet")(model=net, image=bench.picture),
+    ]
+    pictures = {"image": bench.picture, "control_image": bench.picture, "strength": 0.8, "guidance_scale": 7.5}
+    return (
+        "ControlNet img2img",
+        lambda output="pil": bench.run(bench.ours, output, controls=ours),
+        lambda output="pil": bench.run(theirs, output, **pictures, controlnet_conditioning_scale=1.0),
+    )
+
+
+def _two_controlnets(bench: Bench) -> list[Any]:
+    halvings = len(bench.source.vae.config.block_out_channels)
+    widths = (16,) * halvings
+    return [tiny_controlnet(bench.source.unet, seed, conditioning_embedding_out_channels=widths) for seed in (7, 8)]
+
+
 def ip_adapter(bench: Bench) -> tuple[str, Call, Call]:
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPImageProcessor
@@ -120,7 +162,13 @@ def attend_and_excite(bench: Bench) -> tuple[str, Call, Call]:
     return "Attend-and-Excite", bench.controlled(ours), called
 
 
-PARITY = {"controlnet": controlnet, "ip_adapter": ip_adapter, "attend_and_excite": attend_and_excite}
+PARITY = {
+    "controlnet": controlnet,
+    "controlnet_multi": controlnet_multi,
+    "controlnet_img2img": controlnet_img2img,
+    "ip_adapter": ip_adapter,
+    "attend_and_excite": attend_and_excite,
+}
 
 
 def alone(bench: Bench) -> dict[str, Any]:

@@ -181,12 +181,14 @@ SYSTEMS: tuple[System, ...] = (
         does="Draws along condition maps (canny, hed, mlsd, normal, depth, segmentation, scribble, pose), several at "
         "once.",
         code=("controlroom.controls.spatial.controlnet:ControlNet",),
+        recipe="controlroom.training.recipes.theatre_controlnet:TheatreControlNet",
         signals=("canny", "hed", "mlsd", "normal", "depth", "segmentation", "scribble", "pose"),
         backbones=SD,
         weights_licence="OpenRAIL",
         status="working",
         neutral=SCALE_0,
-        proof="parity with diffusers' StableDiffusionControlNetPipeline and StableDiffusionXLControlNetPipeline",
+        proof="parity with diffusers' StableDiffusionControlNetPipeline and StableDiffusionXLControlNetPipeline, one "
+        "and several, also from pictures and with inpainting",
     ),
     System(
         number=7,

@@ -120,7 +120,7 @@ def test_image_to_image_equals_diffusers(kind: str, number: int, guess: bool, sc
 @pytest.mark.parametrize(("channels", "strength"), [(4, 1.0), (4, 0.8), (9, 1.0)])
 def test_inpainting_equals_diffusers(channels: int, strength: float) -> None:
     """With a mask of whole latent pixels, so that resizing it is no question."""
-    inpaint = pytest.importorskip("controlroom.controls.spatial.inpaint").Inpaint
+    inpaint = pytest.importorskip("controlroom.controls.editing.inpaint").Inpaint
     source = BACKBONES["sd1"](in_channels=channels)
     plain = BACKBONES["sd1"]() if channels != 4 else source
     mask = Image.new("L", (32, 32), 0)
@@ -186,6 +186,12 @@ def test_kinds_are_planes_that_diffusers_reads_too(plain: Any, multi: ControlNet
         assert torch.equal(ours, pipe("a cat", controls=controls, generator=generator(), **DRAW).images)
         drawn[place] = ours
     assert (drawn[0] - drawn[1]).abs().max() > 1e-2 * drawn[0].std()
+    # A network for one kind does not ask.
+    one = tiny_controlnet(plain.unet)
+    ours, same = (
+        pipe("a cat", controls=[ControlNet(one, given, kind=kind)], seed=1, **DRAW).images for kind in (None, "pose")
+    )
+    assert torch.equal(ours, same)
 
 
 def test_kinds_that_do_not_fit(plain: Any, multi: ControlNetModel) -> None:
@@ -193,7 +199,6 @@ def test_kinds_that_do_not_fit(plain: Any, multi: ControlNetModel) -> None:
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"model": multi}, InputError, "Say which one"),
         ({"model": multi, "kind": "sketch"}, InputError, "kind"),
-        ({"model": tiny_controlnet(plain.unet), "kind": "pose"}, InputError, "one kind"),
         ({"model": tiny_controlnet(BACKBONES["sd1"](in_channels=9).unet)}, ModelError, "latents alone"),
     ]
     for settings, error, message in cases:
