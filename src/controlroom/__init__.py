@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
     from controlroom.controls.spatial.depth_to_image import DepthToImage as DepthToImage
+    from controlroom.controls.style.cross_image_attention import CrossImageAttention as CrossImageAttention
+    from controlroom.controls.style.ctrl_x import CtrlX as CtrlX
     from controlroom.controls.style.reference_only import ReferenceOnly as ReferenceOnly
     from controlroom.controls.style.style_aligned import StyleAligned as StyleAligned
     from controlroom.controls.word_mask import WordMask as WordMask
@@ -105,6 +107,8 @@ _EXPORTS: dict[str, str] = {
     "CopyAppearance": "controlroom.controls.object_edits",
     "CopyLayout": "controlroom.controls.object_edits",
     "EditDirection": "controlroom.controls.edit_direction",
+    "CrossImageAttention": "controlroom.controls.style.cross_image_attention",
+    "CtrlX": "controlroom.controls.style.ctrl_x",
     "FromInversion": "controlroom.controls.editing.from_inversion",
     "GuidanceInterval": "controlroom.controls.guidance.guidance_interval",
     "GuidanceRescale": "controlroom.controls.guidance.guidance_rescale",

@@ -56,6 +56,14 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "attend_and_excite": lambda folder: {"words": ["cat"], "iterations": 1, "thresholds": {}, "step_size": 5.0},
     "controlnet": lambda folder: {"model": str(folder / "controlnet"), "image": picture(1)},
     "depth_to_image": lambda folder: {"image": picture(11), "depth": picture(12), "strength": 1.0},
+    "cross_image_attention": lambda folder: {
+        "structure": picture(8),
+        "appearance": picture(9),
+        "strength": 1.0,
+        "attention_start": 0.0,
+        "structure_every": 0,
+    },
+    "ctrl_x": lambda folder: {"structure": picture(8), "appearance": picture(9), "structure_schedule": 1.0},
     "from_inversion": lambda folder: {"inversion": str(folder / "inversion.safetensors")},
     "guidance_interval": lambda folder: {"guidance_end": 0.5},
     "guidance_rescale": lambda folder: {"scale": 0.7},
@@ -92,6 +100,8 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
 """Type of a control -> settings with which it acts, of what lies in a folder made by `files`."""
 
 NEUTRAL: dict[str, dict[str, Any]] = {
+    "cross_image_attention": {"end": 0.0},
+    "ctrl_x": {"structure": None, "appearance": None},
     "appearance_control": {"scale": 0.0},
     "t2i_adapter": lambda folder: {"model": str(folder / "t2i_adapter"), "image": picture(10)},
     "attend_and_excite": {"step_size": 0.0},
@@ -124,6 +134,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "uni_controlnet": {"scale": 0.0},
     "controlnet": ("model", "image", "scale", "start", "end", "mask", "guess_mode"),
     "depth_to_image": ("image", "depth", "strength"),
+    "cross_image_attention": ("structure", "appearance"),
+    "ctrl_x": ("structure", "appearance"),
     "from_inversion": ("inversion", "strength"),
     "guidance_interval": ("guidance_start", "guidance_end"),
     "guidance_rescale": ("scale", "start", "end"),

@@ -38,7 +38,11 @@ def told_text(run: Run, prompts: list[str]) -> Condition:
 
 
 def adain(
-    x: torch.Tensor, like: torch.Tensor, dim: int | tuple[int, ...], mask: torch.Tensor | None = None
+    x: torch.Tensor,
+    like: torch.Tensor,
+    dim: int | tuple[int, ...],
+    mask: torch.Tensor | None = None,
+    like_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """AdaIN (arXiv 1703.06868): x with the mean and the deviation that ``like`` has along ``dim``; float32.
 
@@ -46,10 +50,11 @@ def adain(
         x: what is changed.
         like: what it shall be like; its other dimensions fit those of x.
         dim: tokens, or rows and columns.
-        mask: weights, broadcastable to x, of the places of x that its own statistics are taken of; None: all.
+        mask: weights, broadcastable to x, of the places of x that its statistics are taken of; None: all.
+        like_mask: the same for ``like``.
     """
     mean, deviation = moments(x.float(), dim, mask)
-    wanted_mean, wanted = moments(like.float(), dim)
+    wanted_mean, wanted = moments(like.float(), dim, like_mask)
     return (x.float() - mean) / deviation * wanted + wanted_mean
 
 
