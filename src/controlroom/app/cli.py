@@ -20,6 +20,7 @@ from controlroom.app.commands.direction import direction
 from controlroom.app.commands.evaluate import evaluate
 from controlroom.app.commands.explain import explain
 from controlroom.app.commands.generate import generate
+from controlroom.app.commands.look import look
 from controlroom.app.commands.replay import replay
 from controlroom.app.commands.retarget import retarget
 from controlroom.core.errors import ControlRoomError
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, retarget, evaluate, direction, explain, replay, controls):
+for _command in (generate, retarget, look, evaluate, direction, explain, replay, controls):
     app.command()(_command)
 
 
