@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import controlroom as cr
+from controlroom.controls.word_mask import WordMask
 from controlroom.core.errors import ModelError
 from tests.controls.loras import ATTENTION, TEXT, add_peft, saved_by_diffusers, tiny_lora
 from tests.tiny import BACKBONES, PIXELS, tiny_sd1, tiny_sdxl
@@ -177,7 +178,7 @@ def test_a_file_for_another_model_is_refused_by_name(lora: Path, tmp_path: Path)
 
 def test_a_mask_may_be_words(lora: Path) -> None:
     pipe = cr.Pipeline.from_diffusers(tiny_sd1())
-    result = pipe(**DRAW, seed=1, controls=[cr.LoRA(str(lora), mask="words: cat")])
+    result = pipe(**DRAW, seed=1, controls=[cr.LoRA(str(lora), mask=WordMask("cat", threshold=0.7))])
     (mask,) = result.masks.values()
     assert 0 < mask.mean() < 1
     assert not torch.equal(result.images, pipe(**DRAW, seed=1).images)

@@ -155,8 +155,9 @@ class IPAdapter(Control):
     def before(self, step: Step) -> None:
         """Masks by words move on."""
         memory: _Memory = step.memory(self)
-        if any([mask.update() for mask in memory.masks]):
-            memory.queries.clear()
+        for mask in memory.masks:
+            if mask.update():
+                memory.queries.clear()
 
     def attention(self, call: AttentionCall) -> None:
         memory: _Memory = call.step.memory(self)
