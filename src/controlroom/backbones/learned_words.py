@@ -132,8 +132,8 @@ def _fitted(word: LearnedWord, texts: list[Any], what: str) -> list[Tensor]:
     given = [int(vectors.shape[1]) for vectors in word.vectors]
     if given != widths:
         raise ModelError(
-            f"{what} has vectors of the widths {given} for {word.word!r}; this model's text encoders have {widths}. Use "
-            "the model that they were learned with."
+            f"{what} has vectors of the widths {given} for {word.word!r}; this model's text encoders have {widths}. "
+            "Use the model that they were learned with."
         )
     return list(word.vectors)
 
