@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from controlroom.controls.word_mask import WordMask as WordMask
     from controlroom.core.control import Control as Control
     from controlroom.core.errors import ConflictError as ConflictError
+    from controlroom.controls.spatial.gligen import Gligen as Gligen
     from controlroom.controls.spatial.t2i_adapter import T2IAdapter as T2IAdapter
     from controlroom.controls.spatial.uni_controlnet import LocalConditions as LocalConditions
     from controlroom.controls.spatial.uni_controlnet import UniControlNet as UniControlNet
@@ -110,6 +111,7 @@ _EXPORTS: dict[str, str] = {
     "CrossImageAttention": "controlroom.controls.style.cross_image_attention",
     "CtrlX": "controlroom.controls.style.ctrl_x",
     "FromInversion": "controlroom.controls.editing.from_inversion",
+    "Gligen": "controlroom.controls.spatial.gligen",
     "GuidanceInterval": "controlroom.controls.guidance.guidance_interval",
     "GuidanceRescale": "controlroom.controls.guidance.guidance_rescale",
     "IPAdapter": "controlroom.controls.personal.ip_adapter",

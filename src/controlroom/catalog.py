@@ -986,6 +986,7 @@ CONTROL_TYPES: dict[str, str] = {
     "cross_image_attention": "controlroom.controls.style.cross_image_attention:CrossImageAttention",
     "ctrl_x": "controlroom.controls.style.ctrl_x:CtrlX",
     "from_inversion": "controlroom.controls.editing.from_inversion:FromInversion",
+    "gligen": "controlroom.controls.spatial.gligen:Gligen",
     "guidance_interval": "controlroom.controls.guidance.guidance_interval:GuidanceInterval",
     "guidance_rescale": "controlroom.controls.guidance.guidance_rescale:GuidanceRescale",
     "image_to_image": "controlroom.controls.editing.image_to_image:ImageToImage",

@@ -170,3 +170,17 @@ def write_uni_controlnet(unet: Any, folder: Path) -> Path:
         save_adapter(net, folder / part)
     tiny_image_encoder().save_pretrained(folder / "global/image_encoder")
     return folder
+
+
+def gated_unet(unet: Any, seed: int = 29, attention_type: str = "gated") -> Any:
+    """The same UNet with GLIGEN's gated layers; without boxes it draws what it drew."""
+    torch.manual_seed(seed)
+    net = type(unet).from_config(unet.config, attention_type=attention_type).eval()
+    net.load_state_dict(unet.state_dict(), strict=False)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith(("alpha_attn", "alpha_dense")):
+                parameter.fill_(0.7)
+            if name.startswith("position_net.null"):
+                parameter.normal_()
+    return net

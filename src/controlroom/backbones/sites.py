@@ -69,7 +69,8 @@ def attention_sites(unet: Any, hw: tuple[int, int]) -> tuple[Site, ...]:
     for prefix, module, place, number, size in stages(unet, hw):
         for name, found_module in module.named_modules():
             layer: Any = found_module
-            if not (hasattr(layer, "set_processor") and hasattr(layer, "to_q")):
+            # GLIGEN's gated layers run only where its control asks for them.
+            if not (hasattr(layer, "set_processor") and hasattr(layer, "to_q")) or ".fuser." in name:
                 continue
             kind = "cross" if layer.is_cross_attention else "self"
             full = f"{prefix}.{name}" if name else prefix

@@ -257,7 +257,8 @@ def new_local_adapter(
 
 
 def _like(unet: Any, in_channels: int) -> Any:
-    return type(unet).from_config({**unet.config, "in_channels": in_channels})
+    # As an argument: what stands in the configuration as a default would be read as one.
+    return type(unet).from_config(unet.config, in_channels=in_channels)
 
 
 def save_adapter(net: LocalAdapter | GlobalAdapter, folder: Path) -> None:
