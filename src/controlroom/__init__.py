@@ -45,9 +45,18 @@ if TYPE_CHECKING:
     from controlroom.controls.object_edits import Move as Move
     from controlroom.controls.object_edits import Resize as Resize
     from controlroom.controls.personal.ip_adapter import IPAdapter as IPAdapter
+    from controlroom.controls.personal.lora import LoRA as LoRA
+    from controlroom.controls.personal.textual_inversion import TextualInversion as TextualInversion
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
+    from controlroom.controls.region import Region as Region
+    from controlroom.controls.regions.multidiffusion import MultiDiffusion as MultiDiffusion
+    from controlroom.controls.regions.regional_prompts import RegionalPrompts as RegionalPrompts
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
     from controlroom.controls.spatial.depth_to_image import DepthToImage as DepthToImage
+    from controlroom.controls.spatial.gligen import Gligen as Gligen
+    from controlroom.controls.spatial.t2i_adapter import T2IAdapter as T2IAdapter
+    from controlroom.controls.spatial.uni_controlnet import LocalConditions as LocalConditions
+    from controlroom.controls.spatial.uni_controlnet import UniControlNet as UniControlNet
     from controlroom.controls.style.cross_image_attention import CrossImageAttention as CrossImageAttention
     from controlroom.controls.style.ctrl_x import CtrlX as CtrlX
     from controlroom.controls.style.reference_only import ReferenceOnly as ReferenceOnly
@@ -55,10 +64,6 @@ if TYPE_CHECKING:
     from controlroom.controls.word_mask import WordMask as WordMask
     from controlroom.core.control import Control as Control
     from controlroom.core.errors import ConflictError as ConflictError
-    from controlroom.controls.spatial.gligen import Gligen as Gligen
-    from controlroom.controls.spatial.t2i_adapter import T2IAdapter as T2IAdapter
-    from controlroom.controls.spatial.uni_controlnet import LocalConditions as LocalConditions
-    from controlroom.controls.spatial.uni_controlnet import UniControlNet as UniControlNet
     from controlroom.core.errors import ControlRoomError as ControlRoomError
     from controlroom.core.errors import InputError as InputError
     from controlroom.core.errors import ModelError as ModelError
@@ -73,10 +78,17 @@ if TYPE_CHECKING:
     from controlroom.sampling.pipeline import execute as execute
     from controlroom.sampling.pipeline import explain as explain
     from controlroom.sampling.pipeline import replay as replay
+    from controlroom.tasks.edit import EditOptions as EditOptions
+    from controlroom.tasks.edit import edit as edit
     from controlroom.tasks.enhance import EnhanceOptions as EnhanceOptions
     from controlroom.tasks.enhance import enhance as enhance
+    from controlroom.tasks.plan_regions import PlannerSettings as PlannerSettings
+    from controlroom.tasks.plan_regions import RegionPlan as RegionPlan
+    from controlroom.tasks.plan_regions import plan_regions as plan_regions
     from controlroom.tasks.retarget import RetargetOptions as RetargetOptions
     from controlroom.tasks.retarget import retarget as retarget
+    from controlroom.tasks.stylise import StyliseOptions as StyliseOptions
+    from controlroom.tasks.stylise import stylise as stylise
     from controlroom.training.recipes.imagic import ImagicSettings as ImagicSettings
     from controlroom.training.recipes.imagic import fit_imagic as fit_imagic
 
@@ -121,15 +133,19 @@ _EXPORTS: dict[str, str] = {
     "InstructPix2Pix": "controlroom.controls.editing.instruct_pix2pix",
     "KeepAppearance": "controlroom.controls.object_edits",
     "KeepShape": "controlroom.controls.object_edits",
+    "LoRA": "controlroom.controls.personal.lora",
     "LocalConditions": "controlroom.controls.spatial.uni_controlnet",
     "MasaCtrl": "controlroom.controls.editing.masactrl",
     "Move": "controlroom.controls.object_edits",
+    "MultiDiffusion": "controlroom.controls.regions.multidiffusion",
     "PerpNeg": "controlroom.controls.guidance.perp_neg",
     "PerturbedAttentionGuidance": "controlroom.controls.guidance.perturbed_attention_guidance",
     "Pix2PixZero": "controlroom.controls.editing.pix2pix_zero",
     "PromptToPrompt": "controlroom.controls.editing.prompt_to_prompt",
     "PromptWeighting": "controlroom.controls.guidance.prompt_weighting",
     "ReferenceOnly": "controlroom.controls.style.reference_only",
+    "Region": "controlroom.controls.region",
+    "RegionalPrompts": "controlroom.controls.regions.regional_prompts",
     "Resize": "controlroom.controls.object_edits",
     "SelfAttentionGuidance": "controlroom.controls.guidance.self_attention_guidance",
     "SelfGuidance": "controlroom.controls.guidance.self_guidance",
@@ -137,7 +153,9 @@ _EXPORTS: dict[str, str] = {
     "SemanticGuidance": "controlroom.controls.guidance.semantic_guidance",
     "SmoothedEnergyGuidance": "controlroom.controls.guidance.smoothed_energy_guidance",
     "StyleAligned": "controlroom.controls.style.style_aligned",
+    "T2IAdapter": "controlroom.controls.spatial.t2i_adapter",
     "UniControlNet": "controlroom.controls.spatial.uni_controlnet",
+    "TextualInversion": "controlroom.controls.personal.textual_inversion",
     "Upscale": "controlroom.controls.editing.upscale",
     "WordMask": "controlroom.controls.word_mask",
     "edit_direction": "controlroom.controls.edit_direction",
@@ -145,12 +163,18 @@ _EXPORTS: dict[str, str] = {
     "ImagicSettings": "controlroom.training.recipes.imagic",
     "fit_imagic": "controlroom.training.recipes.imagic",
     # tasks
+    "EditOptions": "controlroom.tasks.edit",
     "EnhanceOptions": "controlroom.tasks.enhance",
+    "PlannerSettings": "controlroom.tasks.plan_regions",
+    "RegionPlan": "controlroom.tasks.plan_regions",
     "RetargetOptions": "controlroom.tasks.retarget",
+    "StyliseOptions": "controlroom.tasks.stylise",
+    "edit": "controlroom.tasks.edit",
     "enhance": "controlroom.tasks.enhance",
+    "plan_regions": "controlroom.tasks.plan_regions",
     "retarget": "controlroom.tasks.retarget",
+    "stylise": "controlroom.tasks.stylise",
     # catalogue
-    "T2IAdapter": "controlroom.controls.spatial.t2i_adapter",
     "control_class": "controlroom.catalog",
 }
 

@@ -393,6 +393,7 @@ SYSTEMS: tuple[System, ...] = (
         signals=("depth",),
         backbones=SD,
         weights_licence="OpenRAIL",
+        status="working",
         no_neutral=_TASK,
         proof="parity with diffusers' StableDiffusionControlNetImg2ImgPipeline",
     ),
@@ -549,8 +550,10 @@ SYSTEMS: tuple[System, ...] = (
         does="Panoramas, any aspect ratio, regions.",
         code=("controlroom.controls.regions.multidiffusion:MultiDiffusion",),
         backbones=SD,
+        status="working",
         neutral="one window over the whole picture",
-        proof="parity with diffusers' StableDiffusionPanoramaPipeline",
+        proof="parity with diffusers' StableDiffusionPanoramaPipeline, also seamless; regions and bootstrapping against "
+        "the published loop, written out in the test",
     ),
     System(
         number=33,
@@ -739,10 +742,12 @@ SYSTEMS: tuple[System, ...] = (
             ),
         ),
         does="A language model plans regions, each denoised with its sub-prompt.",
-        code=("controlroom.controls.regions.rpg:RegionalPrompts",),
-        backbones=SD1_SDXL,
+        code=("controlroom.controls.regions.regional_prompts:RegionalPrompts",),
+        backbones=SD,
+        status="working",
         neutral="base_ratio=1",
-        proof="transcription of the published regional cross-attention in the test",
+        proof="transcription of the published code's regional cross-attention, and of the paper's joined latents, in the "
+        "test",
     ),
     System(
         number=46,
@@ -994,7 +999,9 @@ CONTROL_TYPES: dict[str, str] = {
     "inpaint": "controlroom.controls.editing.inpaint:Inpaint",
     "instruct_pix2pix": "controlroom.controls.editing.instruct_pix2pix:InstructPix2Pix",
     "ip_adapter": "controlroom.controls.personal.ip_adapter:IPAdapter",
+    "lora": "controlroom.controls.personal.lora:LoRA",
     "masactrl": "controlroom.controls.editing.masactrl:MasaCtrl",
+    "multidiffusion": "controlroom.controls.regions.multidiffusion:MultiDiffusion",
     "perp_neg": "controlroom.controls.guidance.perp_neg:PerpNeg",
     "perturbed_attention_guidance": (
         "controlroom.controls.guidance.perturbed_attention_guidance:PerturbedAttentionGuidance"
@@ -1003,12 +1010,15 @@ CONTROL_TYPES: dict[str, str] = {
     "prompt_to_prompt": "controlroom.controls.editing.prompt_to_prompt:PromptToPrompt",
     "prompt_weighting": "controlroom.controls.guidance.prompt_weighting:PromptWeighting",
     "reference_only": "controlroom.controls.style.reference_only:ReferenceOnly",
+    "regional_prompts": "controlroom.controls.regions.regional_prompts:RegionalPrompts",
     "self_attention_guidance": "controlroom.controls.guidance.self_attention_guidance:SelfAttentionGuidance",
     "self_guidance": "controlroom.controls.guidance.self_guidance:SelfGuidance",
     "semantic_guidance": "controlroom.controls.guidance.semantic_guidance:SemanticGuidance",
     "smoothed_energy_guidance": "controlroom.controls.guidance.smoothed_energy_guidance:SmoothedEnergyGuidance",
     "style_aligned": "controlroom.controls.style.style_aligned:StyleAligned",
+    "t2i_adapter": "controlroom.controls.spatial.t2i_adapter:T2IAdapter",
     "uni_controlnet": "controlroom.controls.spatial.uni_controlnet:UniControlNet",
+    "textual_inversion": "controlroom.controls.personal.textual_inversion:TextualInversion",
     "upscale": "controlroom.controls.editing.upscale:Upscale",
 }
 
@@ -1039,7 +1049,6 @@ def control_class(type_name: str) -> type:
             "Leave it out, or see docs/systems.md for what works."
         )
     return load(path)
-    "t2i_adapter": "controlroom.controls.spatial.t2i_adapter:T2IAdapter",
 
 
 def system(key: str) -> System:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -17,6 +18,7 @@ from tests.tiny import tiny_unet
 def write_parts(folder: Path) -> Path:
     """Write them."""
     torch.manual_seed(0)
+    autoencoder: Any = AutoencoderKL
     size = write_tokenizer(folder / "clip/tokenizer")
     text = CLIPTextConfig(
         vocab_size=size,
@@ -30,7 +32,7 @@ def write_parts(folder: Path) -> Path:
         pad_token_id=size - 1,
     )
     CLIPTextModel(text).save_pretrained(folder / "clip")
-    AutoencoderKL(
+    autoencoder(
         block_out_channels=(4, 4, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -45,8 +47,9 @@ def write_parts(folder: Path) -> Path:
 
 def pipeline_of(parts: Path) -> Pipeline:
     """They as a model that draws."""
+    pipeline: Any = StableDiffusionPipeline
     return Pipeline.from_diffusers(
-        StableDiffusionPipeline(
+        pipeline(
             vae=AutoencoderKL.from_pretrained(parts / "vae"),
             text_encoder=CLIPTextModel.from_pretrained(parts / "clip"),
             tokenizer=CLIPTokenizer.from_pretrained(parts / "clip/tokenizer"),

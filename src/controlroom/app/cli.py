@@ -23,6 +23,7 @@ from controlroom.app.commands.generate import generate
 from controlroom.app.commands.look import look
 from controlroom.app.commands.replay import replay
 from controlroom.app.commands.retarget import retarget
+from controlroom.app.commands.stylise import stylise
 from controlroom.core.errors import ControlRoomError
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, retarget, look, evaluate, direction, explain, replay, controls):
+for _command in (generate, retarget, stylise, look, evaluate, direction, explain, replay, controls):
     app.command()(_command)
 
 

@@ -178,7 +178,7 @@ def test_kinds_are_planes_that_diffusers_reads_too(plain: Any, multi: ControlNet
         assert torch.equal(whole, with_kind(given, kind))
         controls = [ControlNet(multi, whole)]
         parts = {name: part for name, part in plain.components.items() if name != "image_encoder"}
-        theirs = StableDiffusionControlNetPipeline(**parts, controlnet=multi)
+        theirs: Any = StableDiffusionControlNetPipeline(**parts, controlnet=multi)
         theirs.set_progress_bar_config(disable=True)
         expected = theirs("a cat", image=whole, generator=generator(), **DRAW).images
         ours = pipe("a cat", controls=[ControlNet(multi, given, kind=kind)], generator=generator(), **DRAW).images

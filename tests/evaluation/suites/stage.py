@@ -16,9 +16,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from controlroom.backbones.loading import theatre_folder
 from controlroom.core.spec import RunSpec
 from controlroom.data.theatre.attributes import ANSWERS, attributes
+from controlroom.data.theatre.paint import Part
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import Scene
 from controlroom.data.theatre.truth import keypoints
+from controlroom.signals.dense_reader import DenseReader
 from controlroom.signals.readers import AttributeReader
 from tests.tasks.theatre import sure_reader
 from tests.tiny import tiny_sd1
@@ -106,5 +108,6 @@ def write_stage(folder: Path) -> Path:
     torch.manual_seed(0)
     AttributeReader(ANSWERS, size=32, width=8).save(folder / "readers/attributes")
     sure_reader().save(folder / "readers/keypoints")
+    DenseReader([part.name.lower() for part in Part], size=64, width=8).save(folder / "readers/dense")
     (folder / "clip").symlink_to(REAL / "clip")
     return folder

@@ -61,6 +61,10 @@ SUITES: dict[str, Entry] = {
     "imagic": Entry("true pictures fitted and edited by a caption", 12, f"{_HERE}.imagic"),
     "inpaint": Entry("a part of a true picture in another colour, the rest kept", 200, f"{_HERE}.inpaint"),
     "depth2img": Entry("depth kept and words followed, beside image to image", 200, f"{_HERE}.depth2img"),
+    "controlnet": Entry(
+        "eight kinds of condition, read again out of what was drawn along them", 1600, f"{_HERE}.controlnet"
+    ),
+    "stylise": Entry("what each part of stylising costs, in one ablation", 200, f"{_HERE}.stylise"),
     "captions": Entry("what pictures show of what their captions say", 500, f"{_HERE}.captions"),
     "two_objects": Entry("whether both objects of a caption are there", 250, f"{_HERE}.captions", "build_two_objects"),
     "signals": Entry("what the dense reader finds in true pictures", 500, f"{_HERE}.signals"),
