@@ -55,7 +55,7 @@ def test_help_loads_neither_torch_nor_diffusers() -> None:
 
 
 def test_commands_of_later_issues_are_absent(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("edit", "studio", "nonsense"):
+    for command in ("personalise", "studio", "nonsense"):
         assert main([command]) == 2
     assert main([]) == 2
     assert main(["generate", "--no-such-option"]) == 2

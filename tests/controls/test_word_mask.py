@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -132,7 +133,7 @@ def test_a_higher_threshold_is_a_smaller_mask(pipe: Pipeline) -> None:
     masks = [found(pipe, WordMask("cat", threshold=threshold)) for threshold in (0.0, 0.5, 0.8, 0.95)]
     areas = [float(mask.mean()) for mask in masks]
     assert areas[0] == 1.0 and areas == sorted(areas, reverse=True) and 0 < areas[-1] < areas[0]
-    assert all(bool((small <= large).all()) for large, small in zip(masks, masks[1:], strict=False))
+    assert all(bool((small <= large).all()) for large, small in pairwise(masks))
 
 
 def test_every_picture_of_a_batch_has_its_own(pipe: Pipeline) -> None:

@@ -64,9 +64,7 @@ class WordMask(Settings):
                 seen through windows, which show a word each where it is in them.
         """
         if run.plan.views is not None:
-            raise InputError(
-                "A mask by words needs the whole picture in one view. Give a mask picture for this canvas."
-            )
+            raise InputError("A mask by words needs the whole picture in one view. Give a picture as mask here.")
         tokenizer = run.backbone.tokenizers()[0]
         prompts = [prompt_tokens(tokenizer, text) for text in run.prompts]
         for word in self.words:

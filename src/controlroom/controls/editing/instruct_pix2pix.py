@@ -43,7 +43,8 @@ class InstructPix2Pix(Control):
             or less there is no guidance at all.
         scaled: the checkpoint was trained with latents scaled by the autoencoder's factor (CosXL Edit).
         mask: white where the result may differ from the picture, which is put back outside of it after each step: a
-            picture, a list with one for each prompt, or words of the instruction (``"words: shirt"``); None: everywhere.
+            picture, a list with one for each prompt, or words of the instruction (``"words: shirt"``). None:
+            everywhere.
 
     Raises:
         ModelError: when the run is planned: the UNet does not read eight channels.
