@@ -17,6 +17,7 @@ import typer
 
 from controlroom.app.commands.controls import controls
 from controlroom.app.commands.direction import direction
+from controlroom.app.commands.edit import edit
 from controlroom.app.commands.evaluate import evaluate
 from controlroom.app.commands.explain import explain
 from controlroom.app.commands.generate import generate
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, retarget, stylise, look, evaluate, direction, explain, replay, controls):
+for _command in (generate, edit, retarget, stylise, look, evaluate, direction, explain, replay, controls):
     app.command()(_command)
 
 
