@@ -32,7 +32,7 @@ def pixels_of(pictures: Sequence[Image.Image], size: int) -> Tensor:
     return stacked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Residual block with group norm: two 3 x 3 convolutions, the first with the stride."""
 
     def __init__(self, inside: int, outside: int, stride: int = 1) -> None:
@@ -91,10 +91,10 @@ class AttributeReader(nn.Module):
         self.stem = nn.Conv2d(3, w, 4, 2, 1)
         self.stages = nn.ModuleList(
             [
-                nn.Sequential(_Block(w, w)),
-                nn.Sequential(_Block(w, 2 * w, 2), _Block(2 * w, 2 * w)),
-                nn.Sequential(_Block(2 * w, 4 * w, 2), _Block(4 * w, 4 * w)),
-                nn.Sequential(_Block(4 * w, 6 * w, 2), _Block(6 * w, 6 * w)),
+                nn.Sequential(Block(w, w)),
+                nn.Sequential(Block(w, 2 * w, 2), Block(2 * w, 2 * w)),
+                nn.Sequential(Block(2 * w, 4 * w, 2), Block(4 * w, 4 * w)),
+                nn.Sequential(Block(4 * w, 6 * w, 2), Block(6 * w, 6 * w)),
             ]
         )
         # 8 x 8 places, pooled to 4 x 4: where something is decides what it is (a shirt is above the trousers).
@@ -133,11 +133,11 @@ class AttributeReader(nn.Module):
         return found
 
     def save(self, folder: Path) -> None:
-        _save(self, folder, {"answers": self.answers, "size": self.size, "width": self.width})
+        save_module(self, folder, {"answers": self.answers, "size": self.size, "width": self.width})
 
     @classmethod
     def load(cls, folder: Path) -> AttributeReader:
-        return _load(folder, lambda settings: cls(settings["answers"], settings["size"], settings["width"]))
+        return load_module(folder, lambda settings: cls(settings["answers"], settings["size"], settings["width"]))
 
 
 class KeypointReader(nn.Module):
@@ -153,11 +153,11 @@ class KeypointReader(nn.Module):
         super().__init__()
         self.size, self.width = size, width
         w = width
-        self.stem = nn.Sequential(nn.Conv2d(3, w, 4, 2, 1), nn.SiLU(), _Block(w, 2 * w, 2))  # 1/4
-        self.down = nn.ModuleList([_Block(2 * w, 3 * w, 2), _Block(3 * w, 4 * w, 2), _Block(4 * w, 6 * w, 2)])
-        self.bottom = nn.Sequential(_Block(6 * w, 6 * w), _Block(6 * w, 6 * w))
+        self.stem = nn.Sequential(nn.Conv2d(3, w, 4, 2, 1), nn.SiLU(), Block(w, 2 * w, 2))  # 1/4
+        self.down = nn.ModuleList([Block(2 * w, 3 * w, 2), Block(3 * w, 4 * w, 2), Block(4 * w, 6 * w, 2)])
+        self.bottom = nn.Sequential(Block(6 * w, 6 * w), Block(6 * w, 6 * w))
         self.up = nn.ModuleList(
-            [_Block(6 * w + 4 * w, 4 * w), _Block(4 * w + 3 * w, 3 * w), _Block(3 * w + 2 * w, 3 * w)]
+            [Block(6 * w + 4 * w, 4 * w), Block(4 * w + 3 * w, 3 * w), Block(3 * w + 2 * w, 3 * w)]
         )
         self.joints = nn.Conv2d(3 * w, self.JOINTS, 1)
         self.presence = nn.Linear(6 * w, self.JOINTS)
@@ -206,25 +206,31 @@ class KeypointReader(nn.Module):
         return np.concatenate(found)
 
     def save(self, folder: Path) -> None:
-        _save(self, folder, {"size": self.size, "width": self.width})
+        save_module(self, folder, {"size": self.size, "width": self.width})
 
     @classmethod
     def load(cls, folder: Path) -> KeypointReader:
-        return _load(folder, lambda settings: cls(settings["size"], settings["width"]))
+        return load_module(folder, lambda settings: cls(settings["size"], settings["width"]))
 
 
-def _save(module: nn.Module, folder: Path, settings: Mapping[str, Any]) -> None:
+def save_module(module: nn.Module, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write ``settings`` as config.json and the weights, in half precision, as model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     weights = {name: value.half().contiguous() for name, value in module.state_dict().items()}
     save_file(weights, str(folder / "model.safetensors"))
 
 
-def _load(folder: Path, make: Any) -> Any:
+def load_module(folder: Path, make: Any) -> Any:
+    """What `save_module` wrote, in evaluation mode; ``make`` builds the module from its settings.
+
+    Raises:
+        ModelError: a file is missing, broken, or of another module.
+    """
     try:
         reader = make(json.loads((folder / "config.json").read_text()))
         reader.load_state_dict({k: t.float() for k, t in load_file(str(folder / "model.safetensors")).items()})
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{folder} is not a reader that can be loaded ({error}); expected config.json and model.safetensors "
             f"as `save` writes them."

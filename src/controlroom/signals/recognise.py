@@ -39,7 +39,7 @@ def recognise_soft_edges(image: Image.Image) -> Plane | None:
     if grey is None or grey.max() < 100:
         return None
     between = (grey > 24) & (grey < 200)
-    if (grey < 24).mean() < 0.5 or between.mean() < 0.01 or not _thin(grey > 0.5 * grey.max(), 5):
+    if (grey < 24).mean() < 0.5 or between.mean() < 0.01 or not _thin(grey > 0.5 * grey.max(), 6):
         return None
     return grey / np.float32(255)
 
@@ -54,7 +54,7 @@ def recognise_depth(image: Image.Image) -> Plane | None:
     inner = np.s_[1:-1, 1:-1]
     bend = np.abs(4 * grey - sum(neighbour(grey, dy, dx) for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0))))[inner]
     many = len(np.unique(grey.astype(np.uint8))) >= 3
-    return grey / np.float32(255) if many and (bend <= 3).mean() > 0.85 else None
+    return grey / np.float32(255) if many and (bend <= 1).mean() > 0.57 else None
 
 
 def recognise_normals(image: Image.Image) -> NDArray[np.float32] | None:
@@ -69,17 +69,16 @@ def recognise_normals(image: Image.Image) -> NDArray[np.float32] | None:
 
 def recognise_segmentation(image: Image.Image, palette: Palette) -> NDArray[np.float32] | None:
     """Flat areas in the colours of ``palette`` [classes, 3], as class numbers [H, W], or None."""
-    pixels = np.asarray(image.convert("RGB"))
-    colours, inverse = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
-    if len(colours) > 40_000:
-        return None
+    pixels = np.asarray(image.convert("RGB"), np.int32)
+    codes, inverse = np.unique(pixels @ np.array([65536, 256, 1], np.int32), return_inverse=True)
+    colours = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1)
     labels, distance = np.zeros(len(colours), np.int64), np.zeros(len(colours))
     for start in range(0, len(colours), 4096):
-        part = colours[start : start + 4096].astype(np.float32)
-        off = np.abs(part[:, None] - palette[None].astype(np.float32)).max(-1)
-        labels[start : start + 4096], distance[start : start + 4096] = off.argmin(1), off.min(1)
-    label = labels[inverse.reshape(-1)].reshape(pixels.shape[:2])
-    if (distance[inverse.reshape(-1)] <= 12).mean() < 0.95:
+        part = slice(start, start + 4096)
+        off = np.abs(colours[part, None] - palette[None].astype(np.int32)).max(-1)
+        labels[part], distance[part] = off.argmin(1), off.min(1)
+    label = labels[inverse].reshape(pixels.shape[:2])
+    if (distance[inverse] <= 16).mean() < 0.95:
         return None
     flat = (label[:, 1:] == label[:, :-1]).mean() > 0.9 and (label[1:] == label[:-1]).mean() > 0.9
     return label.astype(np.float32) if flat and len(np.unique(label)) > 1 else None

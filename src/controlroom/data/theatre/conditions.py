@@ -183,7 +183,7 @@ def _corners(points: Sequence[Point], tolerance: float = 0.6) -> list[Point]:
 
 
 def _seen_runs(a: Point, b: Point, seen: Mask, scale: float) -> list[tuple[Point, Point]]:
-    """The stretches of the line from ``a`` to ``b`` (canvas pixels) that lie on a visible border, gaps of 2 px closed."""
+    """The stretches of the line from ``a`` to ``b`` that lie on a visible border; canvas pixels, gaps of 2 closed."""
     length = math.dist(a, b)
     if length < _SHORTEST_LINE:
         return []
