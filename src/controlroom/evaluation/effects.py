@@ -319,20 +319,20 @@ TARGETS: tuple[Target, ...] = (
 )
 #: Suites in the order in which they are measured: those that take least time first.
 MEASURED = (
-    "semantic_guidance",
+    "instruct_pix2pix",
+    "imagic",
     "prompt_to_prompt_refine",
     "prompt_to_prompt",
+    "semantic_guidance",
     "masactrl",
-    "instruct_pix2pix",
-    "prompt_weighting",
-    "prompt_to_prompt_reweight",
-    "guidance_methods",
-    "pix2pix_zero",
     "self_guidance",
-    "attend_and_excite",
     SWEEP,
-    "imagic",
+    "prompt_weighting",
+    "guidance_methods",
+    "prompt_to_prompt_reweight",
+    "pix2pix_zero",
     "inversion",
+    "attend_and_excite",
 )
 
 
