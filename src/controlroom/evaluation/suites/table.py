@@ -65,6 +65,8 @@ SUITES: dict[str, Entry] = {
         "eight kinds of condition, read again out of what was drawn along them", 1600, f"{_HERE}.controlnet"
     ),
     "stylise": Entry("what each part of stylising costs, in one ablation", 200, f"{_HERE}.stylise"),
+    "ctrl_x": Entry("structure of one picture, appearance of another, in five ways", 200, f"{_HERE}.ctrl_x"),
+    "style_aligned": Entry("one style for a set, without and with StyleAligned", 200, f"{_HERE}.style_aligned"),
     "captions": Entry("what pictures show of what their captions say", 500, f"{_HERE}.captions"),
     "two_objects": Entry("whether both objects of a caption are there", 250, f"{_HERE}.captions", "build_two_objects"),
     "signals": Entry("what the dense reader finds in true pictures", 500, f"{_HERE}.signals"),
