@@ -162,7 +162,37 @@ def attend_and_excite(bench: Bench) -> tuple[str, Call, Call]:
     return "Attend-and-Excite", bench.controlled(ours), called
 
 
+def multidiffusion(bench: Bench) -> tuple[str, Call, Call]:
+    """A panorama of 2:1, all windows of a step at once; theirs one by one, with windows of the model's size too."""
+    from diffusers import StableDiffusionPanoramaPipeline
+
+    factor = bench.ours.backbone.pixels_per_latent
+    window = models.pixels(bench.name) // factor
+    stride = max(1, window // 8)
+
+    class Panorama(StableDiffusionPanoramaPipeline):
+        def get_views(self, panorama_height: int, panorama_width: int, *given: Any, **named: Any) -> Any:
+            size = (8 * panorama_height // factor, 8 * panorama_width // factor)
+            return super().get_views(*size, window_size=window, stride=stride)
+
+    parts = {name: part for name, part in bench.source.components.items() if name != "image_encoder"}
+    theirs: Any = Panorama(**parts, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    ours = control_class("multidiffusion")(window=window, stride=stride)
+    wide = {**bench.arguments, "width": 2 * bench.arguments["width"]}
+
+    def called(pipe: Any, output: str, **more: Any) -> Any:
+        return pipe(**wide, **more, generator=torch.Generator().manual_seed(1), output_type=output).images
+
+    return (
+        "MultiDiffusion, 2:1",
+        lambda output="pil": called(bench.ours, output, controls=[ours]),
+        lambda output="pil": called(theirs, output),
+    )
+
+
 PARITY = {
+    "multidiffusion": multidiffusion,
     "controlnet": controlnet,
     "controlnet_multi": controlnet_multi,
     "controlnet_img2img": controlnet_img2img,

@@ -25,6 +25,7 @@ from controlroom.core.errors import ConflictError, InputError
 from controlroom.core.spec import RunSpec
 from controlroom.sampling.inversion import invert
 from controlroom.sampling.pipeline import Pipeline
+from tests.controls.loras import tiny_lora
 from tests.controls.nets import (
     tiny_controlnet,
     tiny_image_encoder,
@@ -76,6 +77,8 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "image": picture(2),
         "image_encoder": str(folder / "image_encoder"),
     },
+    "lora": lambda folder: {"model": str(folder / "lora.safetensors"), "scale": 0.8},
+    "multidiffusion": lambda folder: {"window": 4, "stride": 2},
     "perp_neg": lambda folder: {"negatives": ["a blue hat", "night"], "scale": [1.0, 0.5]},
     "perturbed_attention_guidance": lambda folder: {"layers": ["mid", "up_blocks.0"]},
     "masactrl": lambda folder: {"source": "a green dog", "start_step": 0, "start_layer": 2},
@@ -83,6 +86,7 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "prompt_to_prompt": lambda folder: {"source": "a green dog", "cross_replace": 0.5, "self_replace": 0.5},
     "prompt_weighting": lambda folder: {"text": "a (red:1.6) cat"},
     "reference_only": lambda folder: {"image": picture(3), "reference_adain": True},
+    "regional_prompts": lambda folder: {"regions": ["a blue dog", "a hat"], "ratios": "1;1", "base_ratio": 0.3},
     "self_attention_guidance": lambda folder: {},
     "self_guidance": lambda folder: {"edits": [Move("cat", by=(0.2, 0.0))], "scale": 100.0},
     "semantic_guidance": lambda folder: {
@@ -90,11 +94,13 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     },
     "smoothed_energy_guidance": lambda folder: {"layers": "up", "sigma": 2.0},
     "style_aligned": lambda folder: {"reference": picture(8), "prompt": "a blue dog"},
+    "t2i_adapter": lambda folder: {"model": str(folder / "t2i_adapter"), "image": picture(10)},
     "uni_controlnet": lambda folder: {
         "model": str(folder / "uni_controlnet"),
         "images": {"pose": picture(11), "depth": picture(12)},
         "content": picture(13),
     },
+    "textual_inversion": lambda folder: {"model": str(folder / "word.safetensors"), "token": "ed"},
     "upscale": lambda folder: {"image": picture(6).resize((8, 8)), "strength": 1.0},
 }
 """Type of a control -> settings with which it acts, of what lies in a folder made by `files`."""
@@ -103,13 +109,13 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "cross_image_attention": {"end": 0.0},
     "ctrl_x": {"structure": None, "appearance": None},
     "appearance_control": {"scale": 0.0},
-    "t2i_adapter": lambda folder: {"model": str(folder / "t2i_adapter"), "image": picture(10)},
     "attend_and_excite": {"step_size": 0.0},
     "controlnet": {"scale": 0.0},
     "guidance_interval": {"guidance_start": 0.0, "guidance_end": 1.0},
     "guidance_rescale": {"scale": 0.0},
     "imagic": {"alpha": 1.0, "network": "base"},
     "ip_adapter": {"scale": 0.0},
+    "lora": {"scale": 0.0},
     "perp_neg": {"scale": 0.0},
     "perturbed_attention_guidance": {"scale": 0.0},
     "masactrl": {"start_step": 2},
@@ -117,21 +123,32 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "prompt_to_prompt": {"cross_replace": 0.0, "self_replace": 0.0},
     "prompt_weighting": {"scale": 0.0},
     "reference_only": {"scale": 0.0},
+    "regional_prompts": {"base_ratio": 1.0},
     "self_attention_guidance": {"scale": 0.0},
     "self_guidance": {"scale": 0.0},
     "semantic_guidance": {"edits": []},
     "smoothed_energy_guidance": {"scale": 0.0},
     "style_aligned": {"scale": 0.0},
+    "t2i_adapter": {"scale": 0.0},
+    "uni_controlnet": {"scale": 0.0},
+    "style_aligned": {"scale": 0.0},
 }
 
-NEVER_NEUTRAL = ("depth_to_image", "from_inversion", "image_to_image", "inpaint", "instruct_pix2pix", "upscale")
+NEVER_NEUTRAL = (
+    "depth_to_image",
+    "from_inversion",
+    "image_to_image",
+    "inpaint",
+    "instruct_pix2pix",
+    "multidiffusion",
+    "textual_inversion",
+    "upscale",
+)
 """Controls that start from or look at a picture in any case."""
 
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "appearance_control": ("image", "model", "scale"),
     "attend_and_excite": ("indices", "words", "iterations", "thresholds", "step_size"),
-    "t2i_adapter": {"scale": 0.0},
-    "uni_controlnet": {"scale": 0.0},
     "controlnet": ("model", "image", "scale", "start", "end", "mask", "guess_mode"),
     "depth_to_image": ("image", "depth", "strength"),
     "cross_image_attention": ("structure", "appearance"),
@@ -144,6 +161,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "inpaint": ("image", "mask", "strength"),
     "instruct_pix2pix": ("image", "image_guidance_scale"),
     "ip_adapter": ("model", "image", "embeds", "scale", "mask"),
+    "lora": ("model", "scale"),
+    "multidiffusion": ("window", "stride", "circular", "regions"),
     "perp_neg": ("negatives", "scale", "start", "end"),
     "perturbed_attention_guidance": ("scale", "layers"),
     "masactrl": ("source", "start_step", "start_layer"),
@@ -151,11 +170,13 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "prompt_to_prompt": ("source", "cross_replace", "self_replace", "reweight", "local_blend"),
     "prompt_weighting": ("text", "dialect", "negative", "scale"),
     "reference_only": ("image", "style_fidelity"),
+    "regional_prompts": ("regions", "ratios", "base_ratio", "form"),
     "self_attention_guidance": ("scale",),
     "self_guidance": ("edits", "scale"),
     "semantic_guidance": ("edits", "momentum_scale", "momentum_beta"),
     "smoothed_energy_guidance": ("scale", "layers"),
     "style_aligned": ("reference", "scale"),
+    "t2i_adapter": ("model", "image", "scale", "start", "end", "mask"),
     "uni_controlnet": ("model", "images", "content", "scale", "local_scale", "global_scale"),
     "upscale": ("image", "strength"),
 }
@@ -174,7 +195,6 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 """What such a control is set to where a run with it is compared with another."""
 
 TYPES = sorted(SETTINGS)
-    "t2i_adapter": ("model", "image", "scale", "start", "end", "mask"),
 
 
 class Stage:
@@ -185,10 +205,13 @@ class Stage:
         self.folder = folder
         self.pipe = Pipeline.from_diffusers(plain if channels == 4 else BACKBONES[kind](in_channels=channels))
         tiny_controlnet(plain.unet).save_pretrained(folder / "controlnet")
+        tiny_t2i_adapter(plain.unet).save_pretrained(folder / "t2i_adapter")
+        write_uni_controlnet(plain.unet, folder / "uni_controlnet")
         tiny_imagic(BACKBONES[kind](seed=9, in_channels=channels).unet, kind == "sdxl", folder / "imagic")
         BACKBONES[kind](seed=9).unet.save_pretrained(folder / "writer")
         tiny_image_encoder().save_pretrained(folder / "image_encoder")
         save_file(tiny_ip_adapter(plain.unet), str(folder / "ip_adapter.safetensors"))
+        tiny_lora(folder / "lora.safetensors", BACKBONES[kind])
         size = {"height": DRAW["height"], "width": DRAW["width"], "num_inference_steps": DRAW["num_inference_steps"]}
         inverted = invert(Pipeline.from_diffusers(plain), picture(7), DRAW["prompt"], measure=False, **size)
         inverted.save(folder / "inversion.safetensors")
@@ -202,8 +225,6 @@ class Stage:
         return self.pipe(controls=list(controls), **{**DRAW, **settings})
 
     def draw_without(self, name: str, **settings: Any) -> Any:
-        tiny_t2i_adapter(plain.unet).save_pretrained(folder / "t2i_adapter")
-        write_uni_controlnet(plain.unet, folder / "uni_controlnet")
         """A run that one with the control differs from."""
         others = [self.control(name, **OTHERWISE[name])] if name in OTHERWISE else []
         return self.draw(*others, **settings)

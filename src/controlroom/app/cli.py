@@ -22,8 +22,10 @@ from controlroom.app.commands.evaluate import evaluate
 from controlroom.app.commands.explain import explain
 from controlroom.app.commands.generate import generate
 from controlroom.app.commands.look import look
+from controlroom.app.commands.plan import plan
 from controlroom.app.commands.replay import replay
 from controlroom.app.commands.retarget import retarget
+from controlroom.app.commands.signal import signal
 from controlroom.app.commands.stylise import stylise
 from controlroom.core.errors import ControlRoomError
 
@@ -35,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, edit, retarget, stylise, look, evaluate, direction, explain, replay, controls):
+for _command in (generate, edit, retarget, stylise, look, evaluate, direction, plan, explain, replay, signal, controls):
     app.command()(_command)
 
 

@@ -140,8 +140,8 @@ _RELATION = re.compile(
 )
 _JOINT = re.compile(r"\s*(?:,\s*and|,|;|\band\b|\bplus\b)\s+(?=(?:on|at|in|to) the |" + _STARTS + ")", re.I)
 _SCENE = re.compile(
-    r"[, ]+((?:on|in|at|under|by) (?!(?:the |its )?(?:far )?(?:left|right|middle|cent(?:er|re)|top|bottom|upper|lower)\b)"
-    r"[\w ]{2,44})$",
+    r"[, ]+((?:on|in|at|under|by) "
+    r"(?!(?:the |its )?(?:far )?(?:left|right|middle|cent(?:er|re)|top|bottom|upper|lower)\b)[\w ]{2,44})$",
     re.I,
 )
 
@@ -163,8 +163,8 @@ def plan_by_rules(prompt: str) -> RegionPlan:
     things = [_placed(part) for part in _parts(text)]
     if len(things) < 2:
         raise InputError(
-            f"The prompt {prompt[:80]!r} names one thing, as far as rules can tell; regions need two or more, as in 'a "
-            "red cat on the left and a blue dog on the right'. Write it so, name a text model, or give the regions."
+            f"The prompt {prompt[:80]!r} names one thing, as far as rules can tell; regions need two or more, as "
+            "in 'a red cat on the left and a blue dog on the right'. Write it so, name a text model, or give regions."
         )
     if len(things) > MAX_REGIONS:
         raise InputError(f"The prompt names {len(things)} things; a picture has at most {MAX_REGIONS} regions.")
@@ -205,7 +205,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _split_relations(text: str) -> list[str]:
-    """ "A above B" as "A at the top", "B at the bottom"; "A next to B" as A, B."""
+    """Split at a relation: "A above B" as "A at the top", "B at the bottom"; "A next to B" as A, B."""
     match = _RELATION.search(text)
     if match is None:
         return [text]
@@ -239,8 +239,8 @@ def _placed(part: str) -> tuple[str, str]:
 
 # By a language model.
 
-_TASK = """You plan pictures. Split the prompt into regions, one for each main thing, and describe each region richly but
-only with what belongs there. Answer with one JSON object and nothing else:
+_TASK = """You plan pictures. Split the prompt into regions, one for each main thing, and describe each region richly
+but only with what belongs there. Answer with one JSON object and nothing else:
 {"prompt": "the whole picture in one sentence", "ratios": "1,1", "regions": ["left region", "right region"]}
 "ratios" says where the regions are. Commas divide columns: "1,2" is a narrow left and a wide right column. Semicolons
 divide rows, and then the first number of a row is its height: "1;2" is a low row above a high one, "1,1,1;2" two cells
@@ -265,8 +265,8 @@ def plan_with(ask: Ask, prompt: str, retries: int = 3, name: str = "the planner"
         messages = [*messages[:2], {"role": "assistant", "content": answer[:4000]}, {"role": "user", "content": again}]
     shown = " ".join(answer.split())[:160]
     raise ModelError(
-        f"{name!r} gave no plan in {retries + 1} attempts. The last answer began {shown!r}; {reason} Use a larger model, "
-        "the rules (no model named), or give regions yourself."
+        f"{name!r} gave no plan in {retries + 1} attempts. The last answer began {shown!r}; {reason} Use a larger "
+        "model, the rules (no model named), or give regions yourself."
     )
 
 

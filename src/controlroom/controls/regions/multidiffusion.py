@@ -10,8 +10,8 @@ to a tight mask (bootstrapping).
 Deviations from diffusers' pipeline, which steps every window by itself: solvers that draw noise draw it once for the
 canvas (averaging noise of its own for each window makes it weaker where windows overlap); a canvas that the windows do
 not cover to its edge is an error (there the rest stays grey); ``guidance_rescale`` acts (there a property that is
-always false keeps it out); past predictions of PNDM are the canvas's (there all windows begin with one list and add to it); a
-seamless canvas as wide as one window is seamless too.
+always false keeps it out); past predictions of PNDM are the canvas's (there all windows begin with one list and add to
+it); a seamless canvas as wide as one window is seamless too.
 Deviations from the published code for regions: the mean of the encoder's posterior stands for a sample of a colour's
 latents, and one colour for a region and step serves all windows. The published 20 steps of 50 for bootstrapping are
 0.4 here; the default is the paper's 0.2.

@@ -59,12 +59,15 @@ SUITES: dict[str, Entry] = {
         "the same at every pair of image and text guidance", 50, f"{_HERE}.instruct_pix2pix", "build_sweep"
     ),
     "imagic": Entry("true pictures fitted and edited by a caption", 12, f"{_HERE}.imagic"),
-    "inpaint": Entry("a part of a true picture in another colour, the rest kept", 200, f"{_HERE}.inpaint"),
-    "depth2img": Entry("depth kept and words followed, beside image to image", 200, f"{_HERE}.depth2img"),
     "controlnet": Entry(
         "eight kinds of condition, read again out of what was drawn along them", 1600, f"{_HERE}.controlnet"
     ),
     "stylise": Entry("what each part of stylising costs, in one ablation", 200, f"{_HERE}.stylise"),
+    "inpaint": Entry("a part of a true picture in another colour, the rest kept", 200, f"{_HERE}.inpaint"),
+    "depth2img": Entry("depth kept and words followed, beside image to image", 200, f"{_HERE}.depth2img"),
+    "panorama": Entry("panoramas of 4:1 at once, in windows, and by MultiDiffusion", 200, f"{_HERE}.panorama"),
+    "regions": Entry("two objects left and right, without and with regions", 200, f"{_HERE}.regions"),
+    "rpg": Entry("three objects, without and with regional prompts", 200, f"{_HERE}.regions", "build_rpg"),
     "ctrl_x": Entry("structure of one picture, appearance of another, in five ways", 200, f"{_HERE}.ctrl_x"),
     "style_aligned": Entry("one style for a set, without and with StyleAligned", 200, f"{_HERE}.style_aligned"),
     "captions": Entry("what pictures show of what their captions say", 500, f"{_HERE}.captions"),
