@@ -240,13 +240,13 @@ def test_default_layers_of_stable_diffusion_xl_are_the_published_ones() -> None:
 
     from controlroom.backbones.sites import attention_sites, feature_sites
 
-    xl = {
+    xl: dict[str, Any] = {
         "block_out_channels": (320, 640, 1280),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "transformer_layers_per_block": (1, 2, 10),
     }
-    sd1 = {"block_out_channels": (320, 640, 1280, 1280)}
+    sd1: dict[str, Any] = {"block_out_channels": (320, 640, 1280, 1280)}
     encoder = {"down_blocks.1.0", "down_blocks.1.1", "down_blocks.2.0", "down_blocks.2.1"}
 
     def decoder(block: int, *numbers: int) -> set[str]:

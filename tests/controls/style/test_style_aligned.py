@@ -220,7 +220,7 @@ def test_another_solver_sees_the_same_picture(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"scale": 0.0}, {"start": 0.9, "end": 0.95}])
-def test_neutral_is_absence_bit_for_bit(pipe: Pipeline, settings: dict[str, float]) -> None:
+def test_neutral_is_absence_bit_for_bit(pipe: Pipeline, settings: dict[str, Any]) -> None:
     plain = pipe(PROMPTS, **DRAW)
     ours = pipe(PROMPTS, controls=[StyleAligned(**settings)], **DRAW)
     assert torch.equal(ours.images, plain.images) and ours.manifest["cost"] == plain.manifest["cost"]

@@ -128,7 +128,7 @@ def build(settings: Settings, n: int, reader: AttributeReader | None = None) -> 
             baseline=ALONE,
             ours=OURS,
             others=(WORDS,),
-            note="Only the first picture of a set is asked for its style. The others come from one noise; the prompt is "
+            note="Only the first picture of a set is asked for its style. The others share a noise; the prompt is "
             "followed if what it says is read again (nine questions or fewer).",
         ),
         reference=FIRST,
