@@ -15,9 +15,7 @@ from controlroom.signals.captioner import Captioner
 from tests.evaluation.suites.stage import Knows
 
 MIX = Mix(kinds=DEFAULT_MIX.kinds, styles={"flat": 0.5, "sketch": 0.2, "pixel": 0.2, "neon": 0.1})
-SCENES = [
-    scene for scene in (sample_scene(i, "held_out", MIX) for i in range(80)) if scene.framing != "flat_lay"
-]
+SCENES = [scene for scene in (sample_scene(i, "held_out", MIX) for i in range(80)) if scene.framing != "flat_lay"]
 
 
 def test_captions_state_the_answers_and_read_back_as_them() -> None:

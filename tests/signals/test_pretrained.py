@@ -1,4 +1,4 @@
-"""Networks of transformers from local folders, as miniatures with random weights, against transformers' own pipelines."""
+"""Networks of transformers from local folders: miniatures with random weights, against transformers' own results."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **vit, image_size=[64, 64], num_detection_tokens=5, id2label={0: "N/A", 1: "person"}, label2id={"person": 1}
     )
     t.YolosForObjectDetection(yolos).save_pretrained(root / "detector")
-    processor("YolosImageProcessorPil", size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(root / "detector")
+    processor("YolosImageProcessorPil", size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(
+        root / "detector"
+    )
     blip(root / "blip")
     return root
 

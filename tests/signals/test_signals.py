@@ -138,7 +138,9 @@ def test_the_pose_of_a_doodle_is_drawn_and_a_skeleton_passed_on() -> None:
     from controlroom.data.theatre.truth import keypoints
     from controlroom.signals.pose.skeleton import draw_skeleton
 
-    truth = keypoints(next(s for s in (sample_scene(i, "held_out") for i in range(50)) if len(s.puppets) == 1), None, 256)
+    truth = keypoints(
+        next(s for s in (sample_scene(i, "held_out") for i in range(50)) if len(s.puppets) == 1), None, 256
+    )
     skeleton = draw_skeleton(Pose(truth[:, :2], truth[:, 2], 256, 256))
     found = PoseSignal()(skeleton)
     assert found.recognised and found.values.shape == (1, 18, 3)
@@ -167,7 +169,8 @@ def test_kinds_and_their_signals() -> None:
 
 
 def test_bad_settings_and_bad_maps() -> None:
-    for wrong in (lambda: Canny(low=-1), lambda: Canny(high=float("inf")), lambda: Canny(low="a")):  # type: ignore[arg-type]
+    text: Any = "a"
+    for wrong in (lambda: Canny(low=-1), lambda: Canny(high=float("inf")), lambda: Canny(low=text)):
         with pytest.raises(InputError, match="threshold of Canny"):
             wrong()
     for wrong in (lambda: SoftEdge(scales=()), lambda: SoftEdge(scales=(0.0,)), lambda: Lines(shortest=2)):

@@ -150,9 +150,9 @@ def theatre_dense_reader() -> DenseReader:
         folder = find_model(DENSE, "dense reader")
     except ModelError as error:
         raise ModelError(
-            "The theatre's dense reader, which finds depth, parts and soft edges, is not in this installation. Train it "
-            "(python -m controlroom.training.theatre dense_reader, then assemble), or for a photograph give a folder of "
-            "a network of transformers."
+            "The theatre's dense reader, which finds depth, parts and soft edges, is not in this installation. Train "
+            "it (python -m controlroom.training.theatre dense_reader, then assemble), or for a photograph give a "
+            "folder of a network of transformers."
         ) from error
     return DenseReader.load(folder)
 

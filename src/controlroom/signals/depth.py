@@ -52,7 +52,9 @@ class TransformersDepth:
         raw = self.network(pixel_values=inputs["pixel_values"]).predicted_depth[None].float()
         sized = F.interpolate(raw, (image.height, image.width), mode="bicubic", align_corners=False)[0, 0]
         if not torch.isfinite(sized).all():
-            raise ModelError("The depth network gave values that are no numbers: its weights are broken; copy them again.")
+            raise ModelError(
+                "The depth network gave values that are no numbers: its weights are broken; copy them again."
+            )
         values = nearness(sized.cpu().numpy(), self.in_metres)
         return SignalMap(self.kind, values, white_on_black(values))
 
@@ -67,5 +69,5 @@ def nearness(depth: NDArray[np.float32], in_metres: bool) -> NDArray[np.float32]
     near = 1 / np.maximum(depth, np.float32(1e-3)) if in_metres else depth
     low, high = float(near.min()), float(near.max())
     if high - low <= 1e-6 * max(abs(low), abs(high)):
-        return np.zeros_like(near)
+        return np.zeros(near.shape, np.float32)
     return ((near - low) / (high - low)).astype(np.float32)

@@ -38,7 +38,9 @@ def gaussian(values: Plane, sigma: float) -> Plane:
 def slopes(values: Plane) -> tuple[Plane, Plane]:
     """Central differences per pixel of [H, W]: to the right and downwards."""
     padded = np.pad(values, 1, mode="edge")
-    return (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2, (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
+    half = np.float32(0.5)
+    right, down = padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1]
+    return (right * half).astype(np.float32, copy=False), (down * half).astype(np.float32, copy=False)
 
 
 def neighbour(values: NDArray, dy: int, dx: int) -> NDArray:

@@ -29,7 +29,11 @@ class Pretrained:
 
 
 def load_pretrained(
-    folder: str | os.PathLike[str], auto_class: str, what: str, device: str = "cpu", processor: str = "AutoImageProcessor"
+    folder: str | os.PathLike[str],
+    auto_class: str,
+    what: str,
+    device: str = "cpu",
+    processor: str = "AutoImageProcessor",
 ) -> Pretrained:
     """A network of transformers with its processor.
 

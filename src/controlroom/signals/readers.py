@@ -156,9 +156,7 @@ class KeypointReader(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, w, 4, 2, 1), nn.SiLU(), Block(w, 2 * w, 2))  # 1/4
         self.down = nn.ModuleList([Block(2 * w, 3 * w, 2), Block(3 * w, 4 * w, 2), Block(4 * w, 6 * w, 2)])
         self.bottom = nn.Sequential(Block(6 * w, 6 * w), Block(6 * w, 6 * w))
-        self.up = nn.ModuleList(
-            [Block(6 * w + 4 * w, 4 * w), Block(4 * w + 3 * w, 3 * w), Block(3 * w + 2 * w, 3 * w)]
-        )
+        self.up = nn.ModuleList([Block(6 * w + 4 * w, 4 * w), Block(4 * w + 3 * w, 3 * w), Block(3 * w + 2 * w, 3 * w)])
         self.joints = nn.Conv2d(3 * w, self.JOINTS, 1)
         self.presence = nn.Linear(6 * w, self.JOINTS)
 

@@ -70,4 +70,5 @@ def soft_edges(image: Image.Image, scales: tuple[float, ...]) -> Plane:
     if strongest < 0.02:  # only noise is left
         return np.zeros_like(total)
     strong = np.minimum(total / strongest, 1.0) ** 2
-    return strong / (strong + np.float32(_HALF_STRONG**2)) * np.float32(1 + _HALF_STRONG**2)
+    bright = strong / (strong + np.float32(_HALF_STRONG**2)) * np.float32(1 + _HALF_STRONG**2)
+    return bright.astype(np.float32)

@@ -21,6 +21,7 @@ PARTS = {
     "clip": "clip",
     "attribute_reader": "readers/attributes",
     "keypoint_reader": "readers/keypoints",
+    "dense_reader": "readers/dense",
     "pose": "pose",
     "appearance": "appearance",
     "retarget": ".",  # the joint stage, which writes both over

@@ -52,6 +52,12 @@ def _keypoint_reader() -> Recipe[Any]:
     return TheatreKeypointReader()
 
 
+def _dense_reader() -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_dense_reader import TheatreDenseReader
+
+    return TheatreDenseReader(RUNS / "autoencoder/weights")
+
+
 def _unet() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_unet import TheatreUNet
 
@@ -188,6 +194,7 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     ),
     "attribute_reader": (_attribute_reader, _READER),
     "keypoint_reader": (_keypoint_reader, _READER),
+    "dense_reader": (_dense_reader, _READER | {"batch_size": 16}),
     "unet": (
         _unet,
         _COMMON

@@ -49,23 +49,27 @@ class DenseJudge:
         }
         self.fingerprint = f"signals {label}"
         self.measures = tuple(
-            Measure(f"{kind}: {MATCHES[kind]}", higher=kind != "normal", extractor=label, digits=1 if kind == "normal" else 3)
+            Measure(
+                f"{kind}: {MATCHES[kind]}",
+                higher=kind != "normal",
+                extractor=label,
+                digits=1 if kind == "normal" else 3,
+            )
             for kind in KINDS
         )
 
     def __call__(self, shown: Sequence[Shown[Scene]]) -> Sequence[Values]:
         found: list[Values] = []
         for one in shown:
-            truth = {kind: condition(one.case.truth, kind, one.pictures[TRUE].width) for kind in KINDS}
-            found.append(
-                {
-                    arm: {
-                        measure.name: condition_match(self.signals[kind](picture), truth[kind])
-                        for kind, measure in zip(KINDS, self.measures, strict=True)
-                    }
-                    for arm, picture in one.pictures.items()
+            row: dict[str, dict[str, float | None]] = {}
+            for arm, picture in one.pictures.items():
+                row[arm] = {
+                    measure.name: condition_match(
+                        self.signals[kind](picture), condition(one.case.truth, kind, picture.width)
+                    )
+                    for kind, measure in zip(KINDS, self.measures, strict=True)
                 }
-            )
+            found.append(row)
         return found
 
 
