@@ -15,6 +15,7 @@ import torch
 from pydantic import BeforeValidator, PlainSerializer
 
 from controlroom.core import inputs
+from controlroom.core.branch import Layout
 from controlroom.core.errors import InputError
 from controlroom.core.run import Run
 from controlroom.core.step import Step
@@ -78,7 +79,7 @@ class InvertedPicture:
 
     def _walk(self, first: Step) -> InvertedLevels:
         run, condition = first.run, first.condition(self.branch)
-        levels = alpha_bars(run.scheduler, run.timesteps)
+        levels, layout = alpha_bars(run.scheduler, run.timesteps), Layout([(self.branch, len(self.pixels))])
         x = torch.cat([run.backbone.encode_picture(row) for row in self.pixels.split(1)])
         clean: list[torch.Tensor] = []
         noise: list[torch.Tensor] = []
@@ -87,7 +88,7 @@ class InvertedPicture:
             step = Step(run, i, run.timesteps[i], {}, levels[i + 1], levels[i + 1])
             channels = run.channels.get(self.branch)
             sample = x if channels is None else torch.cat([x, channels.to(x).expand(len(x), -1, -1, -1)], dim=1)
-            prediction = run.backbone.predict(sample, run.timesteps[i], condition)
+            prediction = run.backbone.predict(sample, run.timesteps[i], condition, None, layout)
             step.count_side(len(x))
             clean.append(step.clean_of(prediction, x))
             noise.append(step.noise_of(prediction, x))

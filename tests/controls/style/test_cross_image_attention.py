@@ -41,7 +41,8 @@ class Published:
     """Decoder self-attention in which row 0 is answered by row 1 (or 2)."""
 
     def __init__(self, plain: Any, contrast: float) -> None:
-        self.unet, self.contrast, self.source = plain.unet, contrast, None
+        self.unet, self.contrast = plain.unet, contrast
+        self.source: int | None = None
         self.processors = self.unet.attn_processors
         for name, module in self.unet.named_modules():
             if name.endswith("attn1") and name.startswith("up_blocks"):

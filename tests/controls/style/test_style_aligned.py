@@ -195,7 +195,7 @@ def test_a_given_picture_equals_the_published_transfer(plains: Any, kind: str) -
     """The first row is put to the recorded latents of the inversion after every step."""
     plain, pipe = plains[kind], Pipeline.from_diffusers(plains[kind])
     found = invert(pipe, picture(), "a hat", num_inference_steps=3, mode="stretch", measure=False)
-    settings = {"shared_score_shift": 0.5}
+    settings: dict[str, Any] = {"shared_score_shift": 0.5}
     levels = found.latents[:, 0]
     starts = [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
 

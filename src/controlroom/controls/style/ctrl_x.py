@@ -278,7 +278,7 @@ class CtrlX(Control):
                 new = dressed(layer, own, asking.expand_as(own), call.input_of(f"{APPEARANCE}/cond").expand_as(own))
                 call.edit_input(branch, torch.lerp(own, new.to(own), _like(weight, own)))
             if structure:
-                heads = weight if isinstance(weight, float) else weight[:, None]
+                heads = weight[:, None] if isinstance(weight, torch.Tensor) else weight
                 for operand in ("q", "k"):
                     call.affine(branch, operand, partial(_taken, f"{STRUCTURE}/cond", heads))
 
@@ -371,7 +371,7 @@ def _taken(source: str, weight: float | torch.Tensor, x: torch.Tensor, lookup: L
 
 
 def _like(weight: float | torch.Tensor, x: torch.Tensor) -> Any:
-    return weight if isinstance(weight, float) else weight.to(x)
+    return weight.to(x) if isinstance(weight, torch.Tensor) else weight
 
 
 def _tokens(mask: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
