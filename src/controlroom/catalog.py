@@ -552,8 +552,8 @@ SYSTEMS: tuple[System, ...] = (
         backbones=SD,
         status="working",
         neutral="one window over the whole picture",
-        proof="parity with diffusers' StableDiffusionPanoramaPipeline, also seamless; regions and bootstrapping against "
-        "the published loop, written out in the test",
+        proof="parity with diffusers' StableDiffusionPanoramaPipeline, also seamless; regions and bootstrapping "
+        "against the published loop, written out in the test",
     ),
     System(
         number=33,
@@ -746,8 +746,8 @@ SYSTEMS: tuple[System, ...] = (
         backbones=SD,
         status="working",
         neutral="base_ratio=1",
-        proof="transcription of the published code's regional cross-attention, and of the paper's joined latents, in the "
-        "test",
+        proof="transcription of the published code's regional cross-attention, and of the paper's joined latents, in "
+        "the test",
     ),
     System(
         number=46,
@@ -978,6 +978,55 @@ FURTHER: tuple[System, ...] = (
         no_neutral="the run keeps a given picture outside of the mask",
         proof="parity with diffusers' StableDiffusionInpaintPipeline and StableDiffusionXLInpaintPipeline, with nine "
         "channels and with four",
+    ),
+    System(
+        number=61,
+        key="lora",
+        name="LoRA and its relatives",
+        papers=(
+            Paper("LoRA: Low-Rank Adaptation of Large Language Models", "2106.09685"),
+            Paper("FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning", "2108.06098"),
+            Paper("DoRA: Weight-Decomposed Low-Rank Adaptation", "2402.09353"),
+        ),
+        does="Draws with what a LoRA, LoCon, LoHa, LoKr or DoRA file learned.",
+        code=("controlroom.controls.personal.lora:LoRA",),
+        backbones=SD,
+        weights_licence="that of each file",
+        status="working",
+        neutral=SCALE_0,
+        proof="parity with diffusers' load_lora_weights and with PEFT's layers; files of five tools, every key "
+        "accounted for; what is written loads in diffusers",
+    ),
+    System(
+        number=62,
+        key="learned_words",
+        name="Learned words",
+        papers=(
+            Paper(
+                "An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion",
+                "2208.01618",
+            ),
+        ),
+        does="Draws with words that were learned by Textual Inversion.",
+        code=("controlroom.controls.personal.textual_inversion:TextualInversion",),
+        backbones=SD,
+        weights_licence="that of each file",
+        status="working",
+        no_neutral="a word stands in the prompt or does not",
+        proof="parity with diffusers' load_textual_inversion; four kinds of files",
+    ),
+    System(
+        number=63,
+        key="gligen",
+        name="GLIGEN",
+        papers=(Paper("GLIGEN: Open-Set Grounded Text-to-Image Generation", "2301.07093"),),
+        does="Phrases in boxes, on networks with gated layers.",
+        code=("controlroom.controls.spatial.gligen:Gligen",),
+        backbones=SD,
+        weights_licence="CreativeML OpenRAIL-M",
+        status="working",
+        neutral=SCALE_0,
+        proof="parity with diffusers' StableDiffusionGLIGENPipeline",
     ),
 )
 """Controls beside the project's systems, listed with them where controls are listed."""

@@ -50,3 +50,11 @@ def tiny_lora(path: Path, backbone: Any, seed: int = 0) -> Path:
     add_peft(pipe.text_encoder, TEXT, seed=seed + 1)
     saved_by_diffusers(pipe, path.parent / f"{path.stem}-folder").replace(path)
     return path
+
+
+def tiny_word(pipe: Any) -> dict[str, torch.Tensor]:
+    """A learned word of two vectors for each text encoder of a pipeline, with the keys of a file."""
+    encoders = {"clip_l": pipe.text_encoder, "clip_g": getattr(pipe, "text_encoder_2", None)}
+    widths = {key: int(encoder.config.hidden_size) for key, encoder in encoders.items() if encoder is not None}
+    generator = torch.Generator().manual_seed(6)
+    return {key: torch.randn(2, width, generator=generator) for key, width in widths.items()}

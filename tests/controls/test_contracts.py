@@ -25,8 +25,9 @@ from controlroom.core.errors import ConflictError, InputError
 from controlroom.core.spec import RunSpec
 from controlroom.sampling.inversion import invert
 from controlroom.sampling.pipeline import Pipeline
-from tests.controls.loras import tiny_lora
+from tests.controls.loras import tiny_lora, tiny_word
 from tests.controls.nets import (
+    gated_unet,
     tiny_controlnet,
     tiny_image_encoder,
     tiny_imagic,
@@ -66,6 +67,11 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     },
     "ctrl_x": lambda folder: {"structure": picture(8), "appearance": picture(9), "structure_schedule": 1.0},
     "from_inversion": lambda folder: {"inversion": str(folder / "inversion.safetensors")},
+    "gligen": lambda folder: {
+        "phrases": ["dog"],
+        "boxes": [(0.1, 0.1, 0.6, 0.6)],
+        "scheduled_sampling_beta": 1.0,
+    },
     "guidance_interval": lambda folder: {"guidance_end": 0.5},
     "guidance_rescale": lambda folder: {"scale": 0.7},
     "image_to_image": lambda folder: {"image": picture(4), "strength": 1.0},
@@ -111,6 +117,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "appearance_control": {"scale": 0.0},
     "attend_and_excite": {"step_size": 0.0},
     "controlnet": {"scale": 0.0},
+    "gligen": {"scale": 0.0},
     "guidance_interval": {"guidance_start": 0.0, "guidance_end": 1.0},
     "guidance_rescale": {"scale": 0.0},
     "imagic": {"alpha": 1.0, "network": "base"},
@@ -131,7 +138,6 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "style_aligned": {"scale": 0.0},
     "t2i_adapter": {"scale": 0.0},
     "uni_controlnet": {"scale": 0.0},
-    "style_aligned": {"scale": 0.0},
 }
 
 NEVER_NEUTRAL = (
@@ -154,6 +160,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "cross_image_attention": ("structure", "appearance"),
     "ctrl_x": ("structure", "appearance"),
     "from_inversion": ("inversion", "strength"),
+    "gligen": ("phrases", "boxes", "scheduled_sampling_beta"),
     "guidance_interval": ("guidance_start", "guidance_end"),
     "guidance_rescale": ("scale", "start", "end"),
     "image_to_image": ("image", "strength"),
@@ -177,6 +184,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "smoothed_energy_guidance": ("scale", "layers"),
     "style_aligned": ("reference", "scale"),
     "t2i_adapter": ("model", "image", "scale", "start", "end", "mask"),
+    "textual_inversion": ("model", "token"),
     "uni_controlnet": ("model", "images", "content", "scale", "local_scale", "global_scale"),
     "upscale": ("image", "strength"),
 }
@@ -200,10 +208,13 @@ TYPES = sorted(SETTINGS)
 class Stage:
     """A miniature and the folder with its files."""
 
-    def __init__(self, kind: str, folder: Path, channels: int = 4) -> None:
+    def __init__(self, kind: str, folder: Path, channels: int = 4, gated: bool = False) -> None:
         plain = BACKBONES[kind]()
         self.folder = folder
-        self.pipe = Pipeline.from_diffusers(plain if channels == 4 else BACKBONES[kind](in_channels=channels))
+        source = BACKBONES[kind]() if channels == 4 else BACKBONES[kind](in_channels=channels)
+        if gated:
+            source.unet = gated_unet(source.unet)
+        self.pipe = Pipeline.from_diffusers(source)
         tiny_controlnet(plain.unet).save_pretrained(folder / "controlnet")
         tiny_t2i_adapter(plain.unet).save_pretrained(folder / "t2i_adapter")
         write_uni_controlnet(plain.unet, folder / "uni_controlnet")
@@ -212,6 +223,7 @@ class Stage:
         tiny_image_encoder().save_pretrained(folder / "image_encoder")
         save_file(tiny_ip_adapter(plain.unet), str(folder / "ip_adapter.safetensors"))
         tiny_lora(folder / "lora.safetensors", BACKBONES[kind])
+        save_file(tiny_word(plain), str(folder / "word.safetensors"))
         size = {"height": DRAW["height"], "width": DRAW["width"], "num_inference_steps": DRAW["num_inference_steps"]}
         inverted = invert(Pipeline.from_diffusers(plain), picture(7), DRAW["prompt"], measure=False, **size)
         inverted.save(folder / "inversion.safetensors")
@@ -237,10 +249,10 @@ class Stages:
         self.factory, self.made = factory, {}
 
     def of(self, kind: str, *names: str) -> Stage:
-        """The one whose network has the channels for these controls."""
-        key = (kind, max([4, *(CHANNELS.get(name, 4) for name in names)]))
+        """The one whose network has the channels and layers for these controls."""
+        key = (kind, max([4, *(CHANNELS.get(name, 4) for name in names)]), "gligen" in names)
         if key not in self.made:
-            self.made[key] = Stage(kind, self.factory.mktemp(kind), key[1])
+            self.made[key] = Stage(kind, self.factory.mktemp(kind), key[1], key[2])
         return self.made[key]
 
 

@@ -242,8 +242,7 @@ class EditPlan:
             case "instruct_pix2pix":
                 return [InstructPix2Pix(self.image, options.image_guidance_scale, mask=mask)]
             case "image_to_image":
-                strength = {} if options.strength is None else {"strength": options.strength}
-                return [ImageToImage(self.image, mask=mask, **strength)]
+                return [ImageToImage(self.image, 0.8 if options.strength is None else options.strength, mask=mask)]
             case "imagic":
                 return [Imagic(options.fit, 1.2 if options.strength is None else options.strength)]
             case _:
@@ -471,9 +470,7 @@ def _check_options(method: Method, options: EditOptions) -> None:
         if options.fit is None:
             raise InputError("imagic learns the picture first, which takes long: name the folder for that (--fit).")
         if options.mask is not None or options.mask_words is not None:
-            raise InputError(
-                "imagic redraws the whole picture and takes no mask. Leave it out, or choose another."
-            )
+            raise InputError("imagic redraws the whole picture and takes no mask. Leave it out, or choose another.")
     if method == "instruct_pix2pix" and options.strength is not None:
         raise InputError(
             "strength is of methods that start from the picture. For instruct_pix2pix, guidance_scale says how much of "
@@ -495,9 +492,7 @@ def _check_mask(mask: Any, size: tuple[int, int], image: Any) -> None:
             "same size, white where the picture may change."
         )
     if not bool((read > 0).any()):
-        raise InputError(
-            f"{name} is black all over, so nothing would happen. Paint white where it may change."
-        )
+        raise InputError(f"{name} is black all over, so nothing would happen. Paint white where it may change.")
 
 
 def _check_words(method: Method, words: Words, options: EditOptions, pipe: Pipeline) -> None:

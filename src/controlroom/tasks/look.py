@@ -215,6 +215,9 @@ def look(
     height, width = sizes[observe.cross[0]]
     between = torch.stack(list(observation.between.values())).mean(0)
     own = sizes[observe.between[0]]
+    spec = result.spec
+    assert spec is not None  # a run that was drawn here has one
+    kept = [control for control in spec.controls if control is not observe]
     return Look(
         pictures=pictures,
         prompts=prompts,
@@ -226,7 +229,7 @@ def look(
         step=step,
         timestep=timestep,
         layers={"words": observe.cross, "between": observe.between, "components": observe.features},
-        spec=result.spec.model_copy(update={"controls": [c for c in result.spec.controls if c is not observe]}),
+        spec=spec.model_copy(update={"controls": kept}),
     )
 
 

@@ -59,7 +59,7 @@ class RegionPlan(BaseModel):
 
     def control(self, base_ratio: float = 0.5) -> RegionalPrompts:
         """The control that draws the plan."""
-        return RegionalPrompts(list(self.regions), self.ratios, base_ratio)
+        return RegionalPrompts(tuple(self.regions), self.ratios, base_ratio)
 
     def spec(self, base_ratio: float = 0.5, **settings: Any) -> RunSpec:
         """The run that draws the plan; ``settings`` are those of a `RunSpec`."""

@@ -26,10 +26,10 @@ PARTS = {
     "appearance": "appearance",
     "retarget": ".",  # the joint stage, which writes both over
     "controlnet_multi": "multi",
+    "t2i_adapter_pose": "t2i_adapter_pose",
     "uni_local": "uni_controlnet/local",
     "uni_global": "uni_controlnet/global",
     "ip_adapter": "ip_adapter",
-    "t2i_adapter_pose": "t2i_adapter_pose",
     "instruct_pix2pix": "instruct_pix2pix",
     "inpaint": "inpaint",
     "depth2img": "depth2img",

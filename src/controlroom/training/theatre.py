@@ -43,7 +43,7 @@ def _clip() -> Recipe[Any]:
 def _attribute_reader() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_readers import TheatreAttributeReader
 
-    return TheatreAttributeReader()
+    return TheatreAttributeReader(RUNS / "autoencoder/weights")
 
 
 def _keypoint_reader() -> Recipe[Any]:
@@ -99,6 +99,12 @@ def _controlnet(kind: str) -> Recipe[Any]:
     return TheatreControlNet(*_trained_parts(), RUNS / "latents", kind, SCENES)
 
 
+def _t2i_adapter(kind: str) -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_t2i_adapter import TheatreT2IAdapter
+
+    return TheatreT2IAdapter(*_trained_parts(), RUNS / "latents", kind, SCENES)
+
+
 def _uni(part: Literal["local", "global"]) -> Recipe[Any]:
     from controlroom.training.recipes.theatre_uni_controlnet import TheatreUniControlNet
 
@@ -109,12 +115,6 @@ def _ip_adapter() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_ip_adapter import TheatreIPAdapter
 
     return TheatreIPAdapter(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
-
-
-def _t2i_adapter(kind: str) -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_t2i_adapter import TheatreT2IAdapter
-
-    return TheatreT2IAdapter(*_trained_parts(), RUNS / "latents", kind, SCENES)
 
 
 def _instruct_pix2pix() -> Recipe[Any]:
@@ -224,6 +224,13 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         )
         for kind, samples in (("multi", 400_000), *((kind, 200_000) for kind in CONDITION_KINDS))
     },
+    **{
+        f"t2i_adapter_{kind}": (
+            partial(_t2i_adapter, kind),
+            _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
+        )
+        for kind in CONDITION_KINDS
+    },
     "uni_local": (
         partial(_uni, "local"),
         _CONTROL | {"total_samples": 400_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
@@ -259,13 +266,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so long, with a checkpoint")
     parser.add_argument("--steps", type=int, default=None, help="instead of the stage's number of steps")
-    **{
-        f"t2i_adapter_{kind}": (
-            partial(_t2i_adapter, kind),
-            _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
-        )
-        for kind in CONDITION_KINDS
-    },
     parser.add_argument("--start-from", type=Path, default=None, help="exported weights to continue from")
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
