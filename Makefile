@@ -4,7 +4,8 @@ PY := .venv/bin/python
 # The lock was made on Python 3.11; any later one serves where 3.11 is missing.
 BASE_PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
-PYTEST_ARGS ?=
+# A process for each core; a module's tests stay together, since they share what is expensive to make.
+PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadscope
 LOCKED := .venv/.stamp-locked
 READY := .venv/.stamp-ready
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

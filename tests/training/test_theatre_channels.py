@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import UNet2DConditionModel
 
 from controlroom.controls.editing.inpaint import Inpaint
 from controlroom.controls.spatial.depth_to_image import DepthToImage
@@ -18,73 +17,24 @@ from controlroom.data.theatre.conditions import condition
 from controlroom.data.theatre.holes import GARMENTS, KINDS, garment_hole, grown, hole
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import sample_scene
-from controlroom.data.theatre.tokenizer import LENGTH, write_tokenizer
 from controlroom.data.theatre.truth import maps
-from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.assemble import PARTS
 from controlroom.training.loop import train
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipes.theatre_autoencoder import to_pixels
 from controlroom.training.recipes.theatre_depth2img import TheatreDepth2Img
 from controlroom.training.recipes.theatre_inpaint import TheatreInpaint
-from controlroom.training.recipes.theatre_unet import noise_schedule
 from controlroom.training.settings import TrainSettings
 from controlroom.training.theatre import STAGES
-from tests.tiny import tiny_unet
+from tests.training.theatre_parts import pipeline
 
 RECIPES: dict[str, tuple[Any, int]] = {"inpaint": (TheatreInpaint, 5), "depth2img": (TheatreDepth2Img, 1)}
 SCENES = 6
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny networks of the theatre's shapes: ``unet``, ``vae``, ``clip``; and a place for latents."""
-    folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(0)
-    size = write_tokenizer(folder / "clip/tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=size,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        bos_token_id=size - 2,
-        eos_token_id=size - 1,
-        pad_token_id=size - 1,
-    )
-    CLIPTextModel(text).save_pretrained(folder / "clip")
-    AutoencoderKL(
-        block_out_channels=(4, 4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=128,
-    ).save_pretrained(folder / "vae")
-    tiny_unet(0).save_pretrained(folder / "unet")
-    return folder
-
-
 def make(kind: str, parts: Path) -> Any:
     recipe, _ = RECIPES[kind]
     return recipe(parts / "unet", parts / "vae", parts / "clip", parts / "latents", scenes=SCENES)
-
-
-def pipeline(parts: Path, unet: Any) -> Pipeline:
-    return Pipeline.from_diffusers(
-        StableDiffusionPipeline(
-            vae=AutoencoderKL.from_pretrained(parts / "vae"),
-            text_encoder=CLIPTextModel.from_pretrained(parts / "clip"),
-            tokenizer=CLIPTokenizer.from_pretrained(parts / "clip/tokenizer"),
-            unet=unet,
-            scheduler=noise_schedule(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    )
 
 
 def control(kind: str, index: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 
 from controlroom.backbones import loading
 from controlroom.backbones.controlnet import CONDITION_KINDS, MULTI_CHANNELS
@@ -23,15 +23,10 @@ from controlroom.training.recipes.theatre_controlnet import TheatreControlNet, p
 from controlroom.training.recipes.theatre_unet import noise_schedule
 from controlroom.training.settings import TrainSettings
 from controlroom.training.theatre import STAGES
-from tests.training.parts import pipeline_of, write_parts
+from tests.training.theatre_parts import pipeline
 
 SCENES = 4
 DRAW: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "seed": 3}
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 def recipe_of(parts: Path, kind: str) -> TheatreControlNet:
@@ -61,7 +56,7 @@ def test_trains_and_its_export_draws(parts: Path, kind: str, tmp_path: Path, mon
     assert stored.config.conditioning_channels == (MULTI_CHANNELS if kind == "multi" else 3)
     picture = condition(sample_scene(0), "depth").picture
     control = ControlNet("theatre/multi", picture, kind="depth" if kind == "multi" else None)
-    pipe = pipeline_of(parts)
+    pipe = pipeline(parts, UNet2DConditionModel.from_pretrained(parts / "unet"))
     drawn, without = (pipe("a woman", controls=controls, **DRAW).images for controls in ([control], []))
     assert torch.isfinite(drawn).all() and (drawn - without).abs().max() > 1e-4
 

@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import UNet2DConditionModel
 
 from controlroom.controls.editing.instruct_pix2pix import InstructPix2Pix
 from controlroom.core.errors import ModelError
 from controlroom.data.theatre.edits import sample_edit
 from controlroom.data.theatre.render import render
-from controlroom.data.theatre.tokenizer import LENGTH, write_tokenizer
-from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.assemble import PARTS, assemble
 from controlroom.training.loop import train
 from controlroom.training.randomness import StepRandom
@@ -23,40 +20,9 @@ from controlroom.training.recipes.theatre_instruct_pix2pix import DROPOUT, Theat
 from controlroom.training.recipes.theatre_unet import noise_schedule
 from controlroom.training.settings import TrainSettings
 from controlroom.training.theatre import STAGES
-from tests.tiny import tiny_unet
+from tests.training.theatre_parts import pipeline
 
 EDITS = 6
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny networks of the theatre's shapes: ``unet``, ``vae``, ``clip``."""
-    folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(0)
-    size = write_tokenizer(folder / "clip/tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=size,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        bos_token_id=size - 2,
-        eos_token_id=size - 1,
-        pad_token_id=size - 1,
-    )
-    CLIPTextModel(text).save_pretrained(folder / "clip")
-    AutoencoderKL(
-        block_out_channels=(4, 4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=128,
-    ).save_pretrained(folder / "vae")
-    tiny_unet(0).save_pretrained(folder / "unet")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +35,7 @@ def make(parts: Path, cache: Path) -> TheatreInstructPix2Pix:
 
 
 def draw(parts: Path, unet: Any, controls: list[Any], prompt: str, **settings: Any) -> torch.Tensor:
-    pipe = Pipeline.from_diffusers(
-        StableDiffusionPipeline(
-            vae=AutoencoderKL.from_pretrained(parts / "vae"),
-            text_encoder=CLIPTextModel.from_pretrained(parts / "clip"),
-            tokenizer=CLIPTokenizer.from_pretrained(parts / "clip/tokenizer"),
-            unet=unet,
-            scheduler=noise_schedule(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    )
+    pipe = pipeline(parts, unet)
     return pipe(
         prompt, controls=controls, **{"num_inference_steps": 2, "output_type": "latent", "seed": 3, **settings}
     ).images

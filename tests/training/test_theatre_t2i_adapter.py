@@ -18,12 +18,7 @@ from controlroom.training.randomness import StepRandom
 from controlroom.training.recipes.theatre_t2i_adapter import TheatreT2IAdapter, cubic_timesteps
 from controlroom.training.settings import TrainSettings
 from controlroom.training.theatre import STAGES
-from tests.training.theatre_parts import pipeline, write_parts
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("parts"))
+from tests.training.theatre_parts import pipeline
 
 
 def make(parts: Path, kind: str = "pose") -> TheatreT2IAdapter:

@@ -21,14 +21,9 @@ from controlroom.training.randomness import StepRandom
 from controlroom.training.recipes.theatre_uni_controlnet import TheatreUniControlNet, kept
 from controlroom.training.settings import TrainSettings
 from controlroom.training.theatre import STAGES
-from tests.training.theatre_parts import pipeline, write_parts
+from tests.training.theatre_parts import pipeline
 
 TWO = ("canny", "depth")
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 def make(parts: Path, part: Any, kinds: tuple[str, ...] = TWO) -> TheatreUniControlNet:

@@ -73,8 +73,12 @@ class IPAdapterModel(nn.Module):
 
 def layer_numbers(unet: Any) -> dict[str, int]:
     """Module path of each cross-attention layer -> its number in a file: odd, in the order down, up, mid."""
-    layers = [name.removesuffix(".processor") for name in unet.attn_processors]
-    return {name: 2 * k + 1 for k, name in enumerate(name for name in layers if not name.endswith("attn1"))}
+    return {name: 2 * k + 1 for k, name in enumerate(name for name in _layers(unet) if not name.endswith("attn1"))}
+
+
+def _layers(unet: Any) -> list[str]:
+    """Module paths of the self- and cross-attention layers, without GLIGEN's gated ones, which no file numbers."""
+    return [name.removesuffix(".processor") for name in unet.attn_processors if ".fuser." not in name]
 
 
 def load_ip_adapter(path: Path, unet: Any) -> IPAdapterModel:
@@ -220,7 +224,7 @@ def _low_rank(pair: Any) -> Any:
 
 
 def _adapted(unet: Any, number: int, part: str) -> Any:
-    layers = [name.removesuffix(".processor") for name in unet.attn_processors]
+    layers = _layers(unet)
     if number >= len(layers):
         return None
     layer = unet.get_submodule(layers[number])

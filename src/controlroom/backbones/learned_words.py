@@ -108,8 +108,11 @@ def known_words(backbone: Backbone, words: list[LearnedWord], what: str) -> Iter
             for word, vectors in zip(words, placed, strict=True):
                 for k, vector in enumerate(vectors[number]):
                     token = word.word if k == 0 else f"{word.word}_{k}"
+                    known = changed.get_added_vocab().get(token)
+                    if known is not None and torch.equal(table.weight[known], vector.to(table.weight)):
+                        continue  # the same word, told twice
                     alone = changed(token, add_special_tokens=False).input_ids
-                    if len(alone) == 1 or not changed.add_tokens([token]):
+                    if known is not None or len(alone) == 1 or not changed.add_tokens([token]):
                         raise InputError(
                             f"{token!r} of {what} is a word that this model knows already. Name it otherwise: token=."
                         )
@@ -140,7 +143,7 @@ def _fitted(word: LearnedWord, texts: list[Any], what: str) -> list[Tensor]:
 
 def _with_rows(table: Tensor, rows: Mapping[int, Tensor]) -> Tensor:
     """An embedding table with some rows set; longer where their numbers ask for it."""
-    count = max(table.shape[0], 1 + max(rows))
+    count = max(table.shape[0], 1 + max(rows, default=0))
     # Without gradients and outside of inference mode, since the parameter may be trained later.
     found = torch.zeros(count, table.shape[1], dtype=table.dtype, device=table.device)
     found[: table.shape[0]] = table.detach()

@@ -258,7 +258,8 @@ def new_local_adapter(
 
 def _like(unet: Any, in_channels: int) -> Any:
     # As an argument: what stands in the configuration as a default would be read as one.
-    return type(unet).from_config(unet.config, in_channels=in_channels)
+    # The gated layers of a GLIGEN network are not copied: adapters are made beside networks without them.
+    return type(unet).from_config(unet.config, in_channels=in_channels, attention_type="default")
 
 
 def save_adapter(net: LocalAdapter | GlobalAdapter, folder: Path) -> None:

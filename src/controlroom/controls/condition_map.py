@@ -51,6 +51,23 @@ def condition_map(source: Any, run: Run, channels: int = 3) -> torch.Tensor:
     return for_images(torch.cat(rows), run, "condition").to(device=run.device, dtype=run.dtype)
 
 
+def storable(source: Any) -> Any:
+    """A condition as a run can be written down with it: poses as OpenPose documents; for a control's validator.
+
+    Raises:
+        ValueError: None.
+    """
+    if isinstance(source, list | tuple):
+        return [storable(item) for item in source]
+    if isinstance(source, Pose):
+        from controlroom.signals.pose.openpose_json import openpose_json
+
+        return openpose_json(source)
+    if source is None:
+        raise ValueError("expected a condition map or a pose")
+    return source
+
+
 def mask_map(source: Any, run: Run, name: str = "mask") -> torch.Tensor:
     """Read a mask: [images, 1, height, width] in [0, 1], in pixels of the run.
 

@@ -82,6 +82,10 @@ def test_two_words_and_other_controls(file: Path) -> None:
     both = drawn(pipe, "a <anna> and <ben>", controls=words)
     other = drawn(pipe, "a <anna> and <ben>", controls=words[:1])
     assert not torch.equal(both, other)
+    again = cr.TextualInversion(str(file))
+    assert torch.equal(drawn(pipe, "a <anna> and <ben>", controls=[*words, again]), both)
+    with pytest.raises(InputError, match="knows already"):
+        drawn(pipe, "a <anna>", controls=[words[0], cr.TextualInversion({"<anna>": vectors(1, seed=8)})])
     edit = cr.SemanticGuidance(edits=[cr.SemanticEdit("<anna>", warmup=0)])
     assert torch.isfinite(drawn(pipe, "a cat", controls=[words[0], edit])).all()
 

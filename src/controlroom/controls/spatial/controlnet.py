@@ -24,7 +24,7 @@ from controlroom.backbones.controlnet import (
     with_kind,
 )
 from controlroom.backbones.loading import check_device, find_model, keep
-from controlroom.controls.condition_map import condition_map, resized_mask, rows_of
+from controlroom.controls.condition_map import condition_map, resized_mask, rows_of, storable
 from controlroom.controls.run_mask import RunMask, mask_sites, run_mask
 from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall
@@ -32,7 +32,6 @@ from controlroom.core.branch import Branch
 from controlroom.core.claims import Claim
 from controlroom.core.control import Control, Declaration, Outline, Residuals
 from controlroom.core.errors import InputError, ModelError
-from controlroom.core.pose import Pose
 from controlroom.core.run import Run
 from controlroom.core.step import Step
 from controlroom.signals.signal import Kind
@@ -96,16 +95,7 @@ class ControlNet(Control):
     @field_validator("image", mode="after")
     @classmethod
     def _storable(cls, value: Any) -> Any:
-        """Poses as documents, so that a run can be written down."""
-        if isinstance(value, list | tuple):
-            return [cls._storable(item) for item in value]
-        if isinstance(value, Pose):
-            from controlroom.signals.pose.openpose_json import openpose_json
-
-            return openpose_json(value)
-        if value is None:
-            raise ValueError("expected a condition map or a pose")
-        return value
+        return storable(value)
 
     def declare(self, outline: Outline) -> Declaration:
         return Declaration(claims=(Claim("skip", "add"),), attention=mask_sites(outline, self.mask))

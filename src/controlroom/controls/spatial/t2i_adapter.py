@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 
 from controlroom.backbones.loading import check_device, find_model, keep
 from controlroom.backbones.t2i_adapter import check_fit, check_kind, load_t2i_adapter
-from controlroom.controls.condition_map import resized_mask, rows_of
+from controlroom.controls.condition_map import resized_mask, rows_of, storable
 from controlroom.controls.run_mask import RunMask, mask_sites, run_mask
 from controlroom.controls.side_maps import side_map
 from controlroom.controls.word_mask import MaskInput
@@ -28,7 +28,6 @@ from controlroom.core.branch import IMAGE
 from controlroom.core.claims import Claim
 from controlroom.core.control import Control, Declaration, Outline, Residuals
 from controlroom.core.errors import InputError
-from controlroom.core.pose import Pose
 from controlroom.core.run import Run
 from controlroom.core.step import Step
 
@@ -83,16 +82,7 @@ class T2IAdapter(Control):
     @field_validator("image", mode="after")
     @classmethod
     def _storable(cls, value: Any) -> Any:
-        """Poses as documents, so that a run can be written down."""
-        if isinstance(value, list | tuple):
-            return [cls._storable(item) for item in value]
-        if isinstance(value, Pose):
-            from controlroom.signals.pose.openpose_json import openpose_json
-
-            return openpose_json(value)
-        if value is None:
-            raise ValueError("expected a condition map or a pose")
-        return value
+        return storable(value)
 
     def declare(self, outline: Outline) -> Declaration:
         return Declaration(claims=(Claim("skip", "add"),), attention=mask_sites(outline, self.mask))
