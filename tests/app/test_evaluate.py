@@ -11,6 +11,7 @@ import pytest
 from controlroom.app.cli import main
 from controlroom.backbones import loading
 from controlroom.evaluation.suites import drawing
+from controlroom.evaluation.suites.table import SUITES
 from tests.evaluation.suites.stage import write_stage
 
 
@@ -96,7 +97,7 @@ def test_stopped_and_continued(here: Path, monkeypatch: pytest.MonkeyPatch, caps
 def test_suites_are_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate"]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert listed[0].split()[:2] == ["attend_and_excite", "250"] and len(listed) == 5
+    assert listed[0].split()[:2] == ["attend_and_excite", "250"] and len(listed) == len(SUITES)
     assert main(["evaluate", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[1]["suite"] == "prompt_to_prompt"
     assert names(here) == []
