@@ -596,6 +596,8 @@ SYSTEMS: tuple[System, ...] = (
         status="working",
         neutral="cross_replace=0, self_replace=0",
         proof="transcription of the published edit that materialises probabilities, in the test",
+        effect="one colour swapped, n=72: made in 95.8 % [88.5, 98.6] (prompted again: 97.2); outside of it 4.3 dB "
+        "[3.5, 5.0] nearer to the source than prompting again",
     ),
     System(
         number=36,

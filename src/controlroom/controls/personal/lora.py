@@ -23,6 +23,7 @@ from controlroom.backbones.loading import find_model, keep
 from controlroom.backbones.lora_files import LoRAFile, load_lora, lora_from_tensors
 from controlroom.backbones.lora_layers import Applied
 from controlroom.backbones.lora_names import PARTS, UNET
+from controlroom.controls.reference_states import told_as
 from controlroom.controls.run_mask import RunMask, mask_sites, run_mask
 from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall
@@ -114,7 +115,7 @@ class LoRA(Control):
         strength = Strength(self._text_scale)
         for name in run.plan.outline.text_branches:
             if not texts:
-                run.set_condition(f"{tag}/{name}", _told(name))
+                run.set_condition(f"{tag}/{name}", told_as(run, name))
                 continue
             if any(not prompt for prompt in run.prompts) and name == "cond":
                 raise InputError(f"{self.label} with a mask changes how words are read, and needs them: give a prompt.")
@@ -167,7 +168,3 @@ class LoRA(Control):
             return file, prepared(file.layers, names)
 
         return keep(backbone, ("lora", id(backbone.unet)), path, load)[1]
-
-
-def _told(branch: str) -> Any:
-    return lambda step: step.condition(branch)

@@ -20,10 +20,11 @@ from pydantic import Field, model_validator
 
 from controlroom.controls.condition_map import resized_mask, rows_of
 from controlroom.controls.reference_images import count, reference_pixels, token_bias
+from controlroom.controls.reference_states import noised_anew, told_as
 from controlroom.controls.run_mask import RunMask, joined_sites, mask_sites, run_mask
 from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall, FeatureCall
-from controlroom.core.branch import Branch, Condition, State
+from controlroom.core.branch import Branch, State
 from controlroom.core.claims import Claim
 from controlroom.core.control import Control, Declaration, Outline
 from controlroom.core.run import Run
@@ -132,10 +133,10 @@ class ReferenceOnly(Control):
     def prepare(self, run: Run) -> _Memory:
         for number, pixels in enumerate(reference_pixels(self.image, run)):
             clean = run.backbone.encode_picture(pixels).expand(run.images, -1, -1, -1)
-            run.derive(f"reference:{number}", _noised(f"reference:{number}", clean))
+            run.derive(f"reference:{number}", noised_anew(f"reference:{number}", clean))
             for role in run.plan.outline.text_branches:
                 if f"reference:{number}/{role}" in run.plan.branches:
-                    run.set_condition(f"reference:{number}/{role}", _told(run, role))
+                    run.set_condition(f"reference:{number}/{role}", told_as(run, role))
         return _Memory(None if self.mask is None else run_mask(self.mask, run, self))
 
     def _references(self, call: AttentionCall | FeatureCall, branch: str) -> tuple[list[str], float]:
@@ -202,18 +203,3 @@ def restyled(x: torch.Tensor, references: list[torch.Tensor]) -> torch.Tensor:
     wanted_mean = sum((pair[1] for pair in pairs), torch.zeros_like(mean)) / len(pairs)
     deviation, wanted = variance.clamp(min=_EPSILON).sqrt(), wanted_variance.clamp(min=_EPSILON).sqrt()
     return (x.float() - mean) / deviation * wanted + wanted_mean
-
-
-def _noised(name: str, clean: torch.Tensor) -> Any:
-    """The reference at a step's level, with new noise at each step."""
-    return lambda step: step.noised(clean, step.run.noise(name, clean.shape))
-
-
-def _told(run: Run, role: str) -> Any:
-    """What the picture's branch of that role is told, also where another control sets it later or step by step."""
-
-    def told(step: Step) -> Condition:
-        source = run.conditions[role]
-        return source if isinstance(source, Condition) else source(step)
-
-    return told
