@@ -514,6 +514,8 @@ SYSTEMS: tuple[System, ...] = (
         status="working",
         neutral="edits=[]",
         proof="parity with diffusers' SemanticStableDiffusionPipeline",
+        effect="one attribute changed, n=72, not tuned: it appears in 47.2 % [36.1, 58.6] (prompted again: 97.2), the "
+        "others stay in 92.6 % [90.4, 94.6] (prompted again: 89.8)",
     ),
     System(
         number=30,
