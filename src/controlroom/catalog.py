@@ -620,6 +620,8 @@ SYSTEMS: tuple[System, ...] = (
         no_neutral=_PROGRAM,
         proof="parity with diffusers' DDIMInverseScheduler (bit for bit) and StableDiffusionPix2PixZeroPipeline.invert;"
         " transcription of the published null-text optimisation and of editing from it, in the test",
+        effect="n=8: null-text comes back 0.2 dB [0.1, 0.3] below the autoencoder, guided DDIM 12.1 dB, DDIM without "
+        "guidance 2.6 dB, regularised 7.4 dB",
     ),
     System(
         number=37,
