@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 
 from controlroom.backbones.added_layers import Strength, added, names_of, prepared
 from controlroom.backbones.loading import find_model, keep
-from controlroom.backbones.lora_files import LoRAFile, load_lora, lora_from_tensors
+from controlroom.backbones.lora_files import load_lora, lora_from_tensors
 from controlroom.backbones.lora_layers import Applied
 from controlroom.backbones.lora_names import PARTS, UNET
 from controlroom.controls.reference_states import told_as
@@ -90,9 +90,9 @@ class LoRA(Control):
         return Declaration(branches=branches, claims=claims, attention=mask_sites(outline, self.mask))
 
     def attach(self, backbone: Backbone) -> AbstractContextManager[Any] | None:
-        """Everywhere: the changes beside the layers, for the run. In a mask: see `weights`."""
+        """Everywhere: the changes beside the layers, for the run. In a mask: only held ready for `weights`."""
         changes = self._changes(backbone)
-        return self._everywhere(changes) if self.mask is None else None
+        return self._everywhere(changes) if self.mask is None else self._ready(backbone, changes)
 
     @contextmanager
     def _everywhere(self, changes: list[tuple[str, Applied]]) -> Iterator[Strength]:
@@ -101,16 +101,25 @@ class LoRA(Control):
         with added(changes, {part: unet if part == UNET else Strength(self._text_scale) for part in PARTS}):
             yield unet
 
+    @contextmanager
+    def _ready(self, backbone: Backbone, changes: list[tuple[str, Applied]]) -> Iterator[list[tuple[str, Applied]]]:
+        # `weights` is asked at every pass and knows the backbone alone.
+        key = (self._tag,)
+        backbone.kept[key] = changes
+        try:
+            yield changes
+        finally:
+            backbone.kept.pop(key, None)
+
     def weights(self, tag: str, backbone: Backbone) -> AbstractContextManager[None]:
         """The changed UNet, for the rows that are taken inside the mask."""
-        return added(self._changes(backbone), {UNET: Strength(self.scale)})
+        return added(backbone.kept[tag,], {UNET: Strength(self.scale)})
 
     def prepare(self, run: Run) -> RunMask | None:
         """The mask, and what its rows are told: the words as the changed text encoders read them."""
         if self.mask is None:
             return None
-        changes = self._changes(run.backbone)
-        tag = self._tag
+        changes, tag = run.attachment(self), self._tag
         texts = any(part != UNET for part, _ in changes) and self._text_scale != 0
         strength = Strength(self._text_scale)
         for name in run.plan.outline.text_branches:
@@ -158,13 +167,15 @@ class LoRA(Control):
 
     def _changes(self, backbone: Backbone) -> list[tuple[str, Applied]]:
         """Read from the file once for a network, and again when either has changed."""
-        names = names_of(backbone)
         if isinstance(self.model, Mapping):
+            names = names_of(backbone)
             return prepared(lora_from_tensors(self.model, names, "the LoRA given").layers, names)
         path = find_model(self.model, "LoRA")
+        parts = [getattr(backbone, part, None) for part in PARTS]
 
-        def load() -> tuple[LoRAFile, list[tuple[str, Applied]]]:
-            file = load_lora(path, names)
-            return file, prepared(file.layers, names)
+        def load() -> tuple[list[Any], list[tuple[str, Applied]]]:
+            names = names_of(backbone)
+            # The networks are held too, so that the numbers in the key stay theirs.
+            return parts, prepared(load_lora(path, names).layers, names)
 
-        return keep(backbone, ("lora", id(backbone.unet)), path, load)[1]
+        return keep(backbone, ("lora", *map(id, parts)), path, load)[1]
