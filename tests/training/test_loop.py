@@ -65,6 +65,36 @@ def test_resumed_run_is_bit_equal(tmp_path: Path, precision: str, prefetch: bool
     assert (a.weights / "net.safetensors").read_bytes() == (b.weights / "net.safetensors").read_bytes()
 
 
+class Convolving(ToyRecipe):
+    """A convolution and its transpose instead of the linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.net = torch.nn.Sequential(
+                torch.nn.Conv2d(6, 8, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(8, 6, 3)
+            )
+
+    def loss(self, batch, step, rng):
+        noise = rng.normal("noise", (6, 5, 5))
+        error = (self.net(batch[:, :, None, None] + noise) - noise[..., 1:-1, 1:-1]).square().mean()
+        return Losses(error, {"error": error.detach()})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_channels_last_trains_the_same_weights(tmp_path: Path, optimizer: str) -> None:
+    plain = train(Convolving(), toy_settings(tmp_path / "a", optimizer=optimizer))
+    recipe = Convolving()
+    stopping = toy_settings(tmp_path / "b", optimizer=optimizer, channels_last=True, export_with_checkpoint=True)
+    last = train(recipe, stopping.model_copy(update={"checkpoint_every_steps": 3}))
+    assert recipe.net[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not recipe.net[0].weight.is_contiguous()
+    left, right = load_file(plain.weights / "net.safetensors"), load_file(last.weights / "net.safetensors")
+    for name, value in left.items():
+        assert torch.allclose(value, right[name], atol=1e-5), name
+
+
 def test_resume_after_sigkill_is_bit_equal(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("toy_recipe.py")), str(tmp_path / "killed"), "30", "0.05"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

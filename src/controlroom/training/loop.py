@@ -104,6 +104,7 @@ class _Run:
         self.device = usable_device(settings.device)
         for module in (*self.modules.values(), *self.frozen.values()):
             module.to(self.device)
+        self._order_channels(last=True)
         for module in self.frozen.values():
             module.requires_grad_(False).eval()
         for module in self.modules.values():
@@ -285,7 +286,9 @@ class _Run:
     def _export(self) -> None:
         metadata = {"samples": str(self.samples), "recipe": self.recipe.name, "seed": str(self.settings.seed)}
         with self._averaged():
+            self._order_channels(last=False)  # files hold contiguous tensors
             export_weights(self.recipe, self.weights_folder, metadata)
+            self._order_channels(last=True)
 
     def _validate(self) -> None:
         if isinstance(self.recipe, Validates):
@@ -309,6 +312,14 @@ class _Run:
             finally:
                 for module, mode in modes.items():
                     module.training = mode
+
+    def _order_channels(self, *, last: bool) -> None:
+        """With `channels_last`: weights of convolutions as [out, h, w, in] in memory, or contiguous; values stay."""
+        if not self.settings.channels_last:
+            return
+        order = torch.channels_last if last else torch.contiguous_format
+        for module in (*self.modules.values(), *self.frozen.values()):
+            module.to(memory_format=order)
 
     # -- checks -------------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,10 @@ class TrainSettings(BaseModel):
         default="no", description="auto: bfloat16 where the machine is faster in it"
     )
 
+    channels_last: bool = Field(
+        default=False, description="keep images and convolutions as [B, h, w, C], which a CPU convolves faster"
+    )
+
     start_from: Path | None = Field(default=None, description="folder of exported weights to continue from")
     checkpoint_every_seconds: PositiveFloat | None = 180.0
     checkpoint_every_steps: PositiveInt | None = None

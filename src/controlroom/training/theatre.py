@@ -144,6 +144,7 @@ _COMMON: dict[str, Any] = {
     "weight_decay": 0.01,
     "betas": (0.9, 0.99),
     "mixed_precision": "auto",
+    "channels_last": True,
 }
 _READER: dict[str, Any] = _COMMON | {
     "matrix_learning_rate": 0.01,
@@ -204,6 +205,19 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
             "learning_rate": 8e-4,
             "warmup_steps": 100,
             "ema_decay": 0.998,
+            "export_with_checkpoint": True,
+        },
+    ),
+    # The last leg, from what `unet` made (--start-from): the rate falls to nothing, which settles the weights.
+    "unet_end": (
+        _unet,
+        _COMMON
+        | {
+            "total_samples": 144_000,
+            "matrix_learning_rate": 0.01,
+            "learning_rate": 8e-4,
+            "schedule": "linear",
+            "ema_decay": 0.995,
             "export_with_checkpoint": True,
         },
     ),
