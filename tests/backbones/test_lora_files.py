@@ -216,7 +216,7 @@ def test_every_key_is_accounted_for(saved: Path) -> None:
     tensors = load_file(saved)
     read = lora_from_tensors(tensors, names)
     assert read.keys == len(tensors)
-    assert f"{len(tensors)} of {len(tensors)} keys read: layers" in read.account and "text_encoder" in read.account
+    assert f"{len(tensors)} of {len(tensors)} keys read: " in read.account and "of the text_encoder" in read.account
     for wrong, message in (
         ({"extra": noise(1)}, "'extra'"),
         ({"unet.down_blocks.7.attn1.to_q.lora_A.weight": noise(1, 1)}, r"down_blocks\.7"),

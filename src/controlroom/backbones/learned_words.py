@@ -56,6 +56,8 @@ def words_from_tensors(
     Raises:
         ModelError: as `load_words`.
     """
+    if set(tensors) == {"string_to_param.*"}:
+        tensors = {"string_to_param": {"*": tensors["string_to_param.*"]}}
     found: list[LearnedWord]
     if "string_to_param" in tensors:
         inner = tensors["string_to_param"]
@@ -79,9 +81,30 @@ def words_from_tensors(
         known = ", ".join(each.word for each in found)
         raise ModelError(f"{what} holds {len(found)} words ({known}); they keep their names. Leave token out.")
     for each in found:
-        if not each.word.strip() or any(c.isspace() for c in each.word):
-            raise InputError(f"{each.word!r} cannot stand for something in a prompt. Give token= one word, like <cat>.")
+        check_word(each.word)
     return found
+
+
+def check_word(word: str) -> None:
+    """Something that can stand in a prompt.
+
+    Raises:
+        InputError: it is empty or has spaces.
+    """
+    if not word.strip() or any(c.isspace() for c in word):
+        raise InputError(f"{word!r} cannot stand for something in a prompt. Give token= one word, like <cat>.")
+
+
+def bundled_words(words: Mapping[str, tuple[Tensor, ...]], what: str) -> list[LearnedWord]:
+    """Words that came along with a LoRA: name -> vectors for each text encoder, in their order.
+
+    Raises:
+        InputError: a name that cannot stand in a prompt.
+        ModelError: something that is no vectors.
+    """
+    for word in words:
+        check_word(word)
+    return [LearnedWord(word, tuple(_rows(each, what) for each in vectors)) for word, vectors in words.items()]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from controlroom.backbones.lora_layers import Applied, Factors, Full, Hadamard, Kronecker, LayerChange, LowRank
-from controlroom.backbones.lora_names import TEXT, UNET, Layer, Names
+from controlroom.backbones.lora_names import PARTS, TEXT, UNET, Layer, Names
 from controlroom.backbones.model_files import explained, read_json, read_safetensors
 from controlroom.core.errors import ModelError
 from controlroom.core.files import atomic_path
@@ -50,7 +50,9 @@ _SLOTS = {
 }
 """End of a key -> what it holds."""
 _OLD = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
-_WORD = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_param\.\*|clip_l|clip_g)")
+_WORD = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\.\*|clip_l|clip_g)")
+_ENCODERS = ("string_to_param.*", "clip_l", "clip_g")
+"""Ends of the keys of a learned word, in the order of the text encoders."""
 _WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 
 
@@ -76,9 +78,9 @@ class LoRAFile:
         parts: dict[str, int] = {}
         for part, _ in self.layers:
             parts[part] = parts.get(part, 0) + 1
-        listed = ", ".join(f"{count} of the {part}" for part, count in sorted(parts.items(), reverse=True))
-        words = f", words {', '.join(self.words)}" if self.words else ""
-        return f"{self.keys} of {self.keys} keys read: layers {listed}{words}"
+        found = [f"{parts[part]} layers of the {part}" for part in PARTS if part in parts]
+        found += [f"the word {word!r}" for word in self.words]
+        return f"{self.keys} of {self.keys} keys read: {', '.join(found)}"
 
 
 def load_lora(path: Path, names: Names) -> LoRAFile:
@@ -96,7 +98,9 @@ def load_lora(path: Path, names: Names) -> LoRAFile:
             raise ModelError(f"{path} holds {len(found)} .safetensors files; name the one of the LoRA.")
         file = found[0]
         if (path / "adapter_config.json").is_file():
-            config = {f"{UNET}.{key}": value for key, value in read_json(path / "adapter_config.json").items()}
+            # PEFT keeps one network in a folder, and does not say which.
+            about = read_json(path / "adapter_config.json")
+            config = {f"{part}.{key}": value for part in PARTS for key, value in about.items()}
     return lora_from_tensors(read_safetensors(file), names, str(file), config or _metadata(file))
 
 
@@ -119,12 +123,12 @@ def lora_from_tensors(
     """
     config = config or {}
     found: dict[Layer, dict[str, Tensor]] = {}
-    words: dict[str, list[Tensor]] = {}
+    words: dict[str, dict[str, Tensor]] = {}
     unread: list[str] = []
     for key, value in sorted(tensors.items()):
         word = _WORD.fullmatch(key)
         if word:
-            words.setdefault(word[1], []).append(value)
+            words.setdefault(word[1], {})[word[2]] = value
             continue
         name, slot = _split(key)
         layer = None if slot is None else names.find(name.removeprefix("base_model.model."))
@@ -149,7 +153,8 @@ def lora_from_tensors(
         without_alpha += alpha is None and not isinstance(change.factors, Full)
     if without_alpha:
         notes.append(f"{what} says no alpha for {without_alpha} layers; their rank was taken, as diffusers does.")
-    return LoRAFile(layers, {word: tuple(parts) for word, parts in words.items()}, len(tensors), tuple(notes))
+    learned = {word: tuple(parts[end] for end in _ENCODERS if end in parts) for word, parts in words.items()}
+    return LoRAFile(layers, learned, len(tensors), tuple(notes))
 
 
 def save_lora(

@@ -344,6 +344,14 @@ class Control(Settings):
         """
         return None
 
+    def remarks(self, backbone: Backbone) -> tuple[str, ...]:
+        """What its files say that a user should know (keys read, what was assumed), in sentences; notes show them.
+
+        Asked in a run after `attach`, and by ``explain`` before one: it may read files (kept with
+        `controlroom.backbones.loading.keep`, so that the run need not read them again), and computes nothing.
+        """
+        return ()
+
     def weights(self, tag: str, backbone: Backbone) -> AbstractContextManager[None] | None:
         """Change the network for the passes of the branches whose ``weights`` are ``tag``."""
         return None

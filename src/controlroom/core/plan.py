@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from controlroom.core.backbone import Backbone
 from controlroom.core.branch import IMAGE, Branch, Layout, State, Views, ViewsPart
 from controlroom.core.control import Control, Declaration, Outline
 
@@ -79,6 +80,14 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """What controls chose by themselves, each with the label of its control."""
         return tuple(f"{entry.label}: {note}" for entry in self.controls for note in entry.declaration.notes)
+
+    def remarks(self, backbone: Backbone) -> tuple[str, ...]:
+        """What the files of the controls say, each with the label of its control.
+
+        Raises:
+            ModelError: one cannot be read.
+        """
+        return tuple(f"{entry.label}: {text}" for entry in self.controls for text in entry.control.remarks(backbone))
 
     @property
     def n(self) -> int:

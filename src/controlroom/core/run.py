@@ -76,6 +76,7 @@ class Run:
         eta: of DDIM.
         clip_skip: layers of CLIP that every prompt of the run leaves out at the end.
         cost: what was spent so far.
+        remarks: what files of controls say.
         masks: what controls found by themselves where they were given words: name ->
             [images, 1, height, width] in [0, 1].
     """
@@ -97,6 +98,7 @@ class Run:
     sources: dict[str, StateSource] = field(default_factory=dict)
     channels: dict[str, torch.Tensor] = field(default_factory=dict)
     filling: Filling | None = None
+    remarks: tuple[str, ...] = ()
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     memories: dict[int, Any] = field(default_factory=dict)
     attached: dict[int, Any] = field(default_factory=dict)

@@ -159,6 +159,7 @@ def opened_run(backbone: Backbone, spec: RunSpec, generator: Generators | None =
             context = entry.control.attach(backbone) if implements(entry.control, "attach") else None
             if context is not None:
                 run.attached[index] = stack.enter_context(context)
+        run.remarks = plan.remarks(backbone)
         set_text_conditions(run, spec)
         for index, entry in enumerate(plan.controls):
             run.memories[index] = entry.control.prepare(run)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from controlroom.core.backbone import Backbone
 from controlroom.core.control import implements
+from controlroom.core.errors import ControlRoomError
 from controlroom.core.plan import Plan
 
 
@@ -21,7 +23,7 @@ class Explanation:
         claims: control -> what it writes.
         dropped: control -> why it changes nothing.
         warnings: orders that matter.
-        notes: what controls chose by themselves.
+        notes: what controls chose by themselves, and what their files say.
     """
 
     rows: tuple[int, ...]
@@ -53,8 +55,13 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_plan(plan: Plan) -> Explanation:
-    """Read a plan."""
+def explain_plan(plan: Plan, backbone: Backbone | None = None) -> Explanation:
+    """Read a plan; with the network also the files that its controls name, where they have something to say."""
+    remarks: tuple[str, ...] = ()
+    try:
+        remarks = () if backbone is None else plan.remarks(backbone)
+    except ControlRoomError as error:
+        remarks = (f"the run would stop here: {error}",)
     rows, passes, energies, energy_rows = [], [], [], []
     for i in range(plan.n):
         layouts = [*plan.passes(plan.running(i))]
@@ -102,7 +109,7 @@ def explain_plan(plan: Plan) -> Explanation:
         claims=claims,
         dropped=dict(plan.dropped),
         warnings=plan.warnings,
-        notes=plan.notes,
+        notes=(*plan.notes, *remarks),
         energy_rows=tuple(energy_rows),
     )
 

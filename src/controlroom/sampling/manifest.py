@@ -34,7 +34,7 @@ def manifest_of(run: Run, spec: RunSpec, cancelled: bool, reasons: tuple[str, ..
         "cost": run.cost.as_dict(),
         "warnings": list(run.plan.warnings),
         "dropped": dict(run.plan.dropped),
-        "notes": list(run.plan.notes),
+        "notes": [*run.plan.notes, *run.remarks],
         "inputs": inputs.hash_inputs({"controls": data.get("controls", [])}),
         "versions": versions(),
         "cancelled": cancelled,

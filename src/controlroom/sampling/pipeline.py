@@ -294,7 +294,7 @@ class Pipeline:
 
     def explain(self, spec: RunSpec) -> Explanation:
         """What a run would do: branches, rows and passes for each step, claims, warnings. Nothing is computed."""
-        return explain_plan(plan_run(self.backbone, spec).plan)
+        return explain_plan(plan_run(self.backbone, spec).plan, self.backbone)
 
 
 def _apply(run: Run, step: Step, returned: dict[str, Any] | None, given: dict[str, Any]) -> None:

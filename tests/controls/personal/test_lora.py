@@ -11,9 +11,11 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import controlroom as cr
+from controlroom.backbones.lora_files import load_lora, save_lora
+from controlroom.backbones.lora_names import Names
 from controlroom.controls.word_mask import WordMask
-from controlroom.core.errors import ModelError
-from tests.controls.loras import ATTENTION, TEXT, add_peft, saved_by_diffusers, tiny_lora
+from controlroom.core.errors import InputError, ModelError
+from tests.controls.loras import ATTENTION, TEXT, add_peft, saved_by_diffusers, tiny_lora, tiny_word
 from tests.tiny import BACKBONES, PIXELS, tiny_sd1, tiny_sdxl
 from tests.traces import traces
 
@@ -182,3 +184,47 @@ def test_a_mask_may_be_words(lora: Path) -> None:
     (mask,) = result.masks.values()
     assert 0 < mask.mean() < 1
     assert not torch.equal(result.images, pipe(**DRAW, seed=1).images)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("make", [tiny_sd1, tiny_sdxl])
+def test_words_that_kohya_bundled_are_known(make: Any, masked: bool, tmp_path: Path) -> None:
+    """The same as the LoRA and the word as two controls; in the order of the encoders, whatever the keys' order."""
+    file = tiny_lora(tmp_path / "anna.safetensors", make)
+    source = make()
+    names = Names(source.unet, source.text_encoder, getattr(source, "text_encoder_2", None))
+    save_lora(tmp_path / "kohya.safetensors", load_lora(file, names).layers, names, "kohya")
+    tensors, word = load_file(tmp_path / "kohya.safetensors"), tiny_word(source)
+    ends = {"clip_l": "clip_l" if len(word) > 1 else "string_to_param.*", "clip_g": "clip_g"}
+    bundled = {**{f"bundle_emb.<anna>.{ends[end]}": vectors for end, vectors in word.items()}, **tensors}
+    save_file(bundled, str(tmp_path / "bundled.safetensors"))
+    pipe = cr.Pipeline.from_diffusers(make())
+    mask = {"mask": Image.new("L", (8, 8), 255)} if masked else {}
+    settings: dict[str, Any] = {"prompt": "a red <anna>"}
+    plain = [cr.LoRA(str(tmp_path / "kohya.safetensors"), **mask), cr.TextualInversion(word, token="<anna>")]
+    expected = drawn(pipe, plain, **settings)
+    before = traces(pipe)
+    for model in (str(tmp_path / "bundled.safetensors"), bundled):
+        found = drawn(pipe, [cr.LoRA(model, **mask)], **settings)
+        assert (found - expected).abs().max() <= 1e-5 * expected.std()
+    assert (expected - drawn(pipe, plain[:1], **settings)).abs().max() > 0.01 * expected.std()
+    assert traces(pipe) == before and not any("run" in str(key[0]) for key in pipe.backbone.kept)
+    with pytest.raises(InputError, match="two words"):
+        wrong = {"bundle_emb.two words.clip_l": word["clip_l"], **tensors}
+        drawn(pipe, [cr.LoRA(wrong)])
+
+
+def test_what_was_read_and_assumed_is_said(lora: Path, tmp_path: Path) -> None:
+    pipe = cr.Pipeline.from_diffusers(tiny_sd1())
+    tensors = load_file(lora)
+    save_file(tensors, str(tmp_path / "bare.safetensors"))
+    control = cr.LoRA(str(tmp_path / "bare.safetensors"))
+    notes = pipe(**DRAW, seed=1, controls=[control]).manifest["notes"]
+    assert notes[0].startswith("LoRA: ") and f"{len(tensors)} of {len(tensors)} keys read: " in notes[0]
+    assert "layers of the unet" in notes[0] and "layers of the text_encoder" in notes[0]
+    assert "no alpha" in notes[1] and len(notes) == 2
+    assert len(pipe(**DRAW, seed=1, controls=[cr.LoRA(str(lora))]).manifest["notes"]) == 1
+    spec = cr.RunSpec(prompt="a red cat", num_inference_steps=2, controls=[control])
+    assert [line for line in notes if f"note: {line}" in str(pipe.explain(spec))] == notes
+    lost = cr.RunSpec(prompt="a red cat", num_inference_steps=2, controls=[cr.LoRA("lost.safetensors")])
+    assert "would stop here" in str(pipe.explain(lost)) and "lost.safetensors" in str(pipe.explain(lost))

@@ -5,24 +5,27 @@ What was learned of a person, a thing or a style is a change of low rank beside 
 Reads what people have: PEFT, diffusers, kohya (LoCon, LoHa, LoKr, DoRA), ComfyUI; see `backbones.lora_files`. Several
 LoRAs of a run add up, in any order. Deviations from diffusers: a window of steps; a mask, for which the run also
 predicts with the changed network and takes that prediction inside the mask, so that two people learned apart can stand
-in two places; DoRA's scale is linear, as in LyCORIS and ComfyUI.
+in two places; words that kohya bundled with a LoRA are known while the run lasts; DoRA's scale is linear, as in LyCORIS
+and ComfyUI.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 
 from controlroom.backbones.added_layers import Strength, added, names_of, prepared
+from controlroom.backbones.learned_words import LearnedWord, bundled_words, known_words
 from controlroom.backbones.loading import find_model, keep
-from controlroom.backbones.lora_files import load_lora, lora_from_tensors
+from controlroom.backbones.lora_files import LoRAFile, load_lora, lora_from_tensors
 from controlroom.backbones.lora_layers import Applied
-from controlroom.backbones.lora_names import PARTS, UNET
+from controlroom.backbones.lora_names import PARTS, UNET, Names
 from controlroom.controls.reference_states import told_as
 from controlroom.controls.run_mask import RunMask, mask_sites, run_mask
 from controlroom.controls.word_mask import MaskInput
@@ -34,6 +37,40 @@ from controlroom.core.control import Control, Declaration, Outline
 from controlroom.core.errors import InputError
 from controlroom.core.run import Run
 from controlroom.core.step import Step
+
+_HELD = "lora of this run"
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a file holds, ready for a network.
+
+    Attributes:
+        changes: of the layers, with the part that each belongs to.
+        words: learned words that came along.
+        remarks: how many keys were read, and what was assumed.
+        what: the file, for messages.
+    """
+
+    changes: list[tuple[str, Applied]]
+    words: list[LearnedWord]
+    remarks: tuple[str, ...]
+    what: str
+
+    @classmethod
+    def of(cls, file: LoRAFile, names: Names, what: str) -> _Read:
+        words = bundled_words(file.words, what)
+        return cls(prepared(file.layers, names), words, (f"{what}: {file.account}", *file.notes), what)
+
+    @contextmanager
+    def held(self, backbone: Backbone, control: int) -> Iterator[None]:
+        """The words are known, and what was read is at hand, for the run."""
+        backbone.kept[_HELD, control] = self
+        try:
+            with known_words(backbone, self.words, self.what) if self.words else nullcontext():
+                yield
+        finally:
+            backbone.kept.pop((_HELD, control), None)
 
 
 class LoRA(Control):
@@ -91,23 +128,29 @@ class LoRA(Control):
 
     def attach(self, backbone: Backbone) -> AbstractContextManager[Any] | None:
         """Everywhere: the changes beside the layers, for the run. In a mask: only held ready for `weights`."""
-        changes = self._changes(backbone)
-        return self._everywhere(changes) if self.mask is None else self._ready(backbone, changes)
+        read = self._read(backbone)
+        return self._everywhere(backbone, read) if self.mask is None else self._ready(backbone, read)
+
+    def remarks(self, backbone: Backbone) -> tuple[str, ...]:
+        """How many keys of its file were read, and what was assumed."""
+        return self._read(backbone).remarks
 
     @contextmanager
-    def _everywhere(self, changes: list[tuple[str, Applied]]) -> Iterator[Strength]:
+    def _everywhere(self, backbone: Backbone, read: _Read) -> Iterator[Strength]:
         whole = self.start == 0 and self.end == 1
         unet = Strength(self.scale if whole else 0.0)
-        with added(changes, {part: unet if part == UNET else Strength(self._text_scale) for part in PARTS}):
+        strengths = {part: unet if part == UNET else Strength(self._text_scale) for part in PARTS}
+        with read.held(backbone, id(self)), added(read.changes, strengths):
             yield unet
 
     @contextmanager
-    def _ready(self, backbone: Backbone, changes: list[tuple[str, Applied]]) -> Iterator[list[tuple[str, Applied]]]:
+    def _ready(self, backbone: Backbone, read: _Read) -> Iterator[list[tuple[str, Applied]]]:
         # `weights` is asked at every pass and knows the backbone alone.
         key = (self._tag,)
-        backbone.kept[key] = changes
+        backbone.kept[key] = read.changes
         try:
-            yield changes
+            with read.held(backbone, id(self)):
+                yield read.changes
         finally:
             backbone.kept.pop(key, None)
 
@@ -165,17 +208,19 @@ class LoRA(Control):
         if self.mask is None and step.i + 1 not in self.window(step.n):
             step.run.attachment(self).value = 0.0
 
-    def _changes(self, backbone: Backbone) -> list[tuple[str, Applied]]:
+    def _read(self, backbone: Backbone) -> _Read:
         """Read from the file once for a network, and again when either has changed."""
+        if (_HELD, id(self)) in backbone.kept:
+            return backbone.kept[_HELD, id(self)]
         if isinstance(self.model, Mapping):
-            names = names_of(backbone)
-            return prepared(lora_from_tensors(self.model, names, "the LoRA given").layers, names)
+            names, what = names_of(backbone), "the LoRA given"
+            return _Read.of(lora_from_tensors(self.model, names, what), names, what)
         path = find_model(self.model, "LoRA")
         parts = [getattr(backbone, part, None) for part in PARTS]
 
-        def load() -> tuple[list[Any], list[tuple[str, Applied]]]:
+        def load() -> tuple[list[Any], _Read]:
             names = names_of(backbone)
             # The networks are held too, so that the numbers in the key stay theirs.
-            return parts, prepared(load_lora(path, names).layers, names)
+            return parts, _Read.of(load_lora(path, names), names, str(path))
 
         return keep(backbone, ("lora", *map(id, parts)), path, load)[1]
