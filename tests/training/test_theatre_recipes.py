@@ -18,11 +18,12 @@ from controlroom.sampling.pipeline import Pipeline
 from controlroom.signals.readers import AttributeReader, KeypointReader
 from controlroom.training.assemble import assemble
 from controlroom.training.loop import train
+from controlroom.training.objective import min_snr_weight
 from controlroom.training.recipe import Recipe
 from controlroom.training.recipes.theatre_autoencoder import TheatreAutoencoder
 from controlroom.training.recipes.theatre_clip import TheatreClip
 from controlroom.training.recipes.theatre_readers import TheatreAttributeReader, TheatreKeypointReader
-from controlroom.training.recipes.theatre_unet import TheatreUNet, min_snr_weight, noise_schedule
+from controlroom.training.recipes.theatre_unet import TheatreUNet, noise_schedule
 from controlroom.training.settings import TrainSettings
 from controlroom.training.theatre import ASSETS
 

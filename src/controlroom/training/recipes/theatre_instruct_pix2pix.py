@@ -25,10 +25,11 @@ from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import CANVAS, Scene
 from controlroom.data.theatre.vocabulary import WORLD_VERSION
 from controlroom.training.latent_cache import LatentCache, cache_key
+from controlroom.training.objective import min_snr_weight, noised
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipes.theatre_autoencoder import to_pixels
-from controlroom.training.recipes.theatre_unet import Conditioner, min_snr_weight, noise_schedule, noised
+from controlroom.training.recipes.theatre_unet import Conditioner, noise_schedule
 
 #: Shares of samples with both, without the picture, without the instruction, without either.
 DROPOUT = (0.85, 0.05, 0.05, 0.05)

@@ -21,9 +21,10 @@ from controlroom.data.theatre.scene import CANVAS, Dice, Scene
 from controlroom.data.theatre.truth import keypoints
 from controlroom.signals.pose.skeleton import draw_skeleton
 from controlroom.training.latent_cache import LatentCache, cache_key
+from controlroom.training.objective import min_snr_weight, noised
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipes.theatre_autoencoder import to_pixels
-from controlroom.training.recipes.theatre_unet import Conditioner, min_snr_weight, noise_schedule, noised
+from controlroom.training.recipes.theatre_unet import Conditioner, noise_schedule
 
 MOVED_SHARE = 0.35
 """Pairs whose target is in another place; their words name it."""

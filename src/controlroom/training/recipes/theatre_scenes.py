@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from controlroom.data.theatre.captions import training_caption
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import Dice, Scene, sample_scene
+from controlroom.training.objective import noised
 from controlroom.training.recipes.theatre_autoencoder import to_pixels
 from controlroom.training.recipes.theatre_controlnet import condition_pixels
-from controlroom.training.recipes.theatre_unet import Conditioner, latents_of_scenes, noise_schedule, noised
+from controlroom.training.recipes.theatre_unet import Conditioner, latents_of_scenes, noise_schedule
 
 EMPTY_SHARE = 0.5
 """Samples without words."""

@@ -24,6 +24,7 @@ from controlroom.data.theatre.scene import Dice, sample_scene
 from controlroom.data.theatre.tokenizer import LENGTH
 from controlroom.data.theatre.vocabulary import WORLD_VERSION
 from controlroom.training.latent_cache import LatentCache, cache_key
+from controlroom.training.objective import min_snr_weight, noised
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipes.theatre_autoencoder import to_pixels
@@ -56,18 +57,6 @@ def new_unet(text_width: int, in_channels: int = 4) -> UNet2DConditionModel:
         attention_head_dim=4,
         cross_attention_dim=text_width,
     )
-
-
-def min_snr_weight(alpha_bar: Tensor, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) / SNR for noise prediction, by sample."""
-    snr = alpha_bar / (1.0 - alpha_bar)
-    return snr.clamp(max=gamma) / snr
-
-
-def noised(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Latents [B, C, h, w] at the noise levels alpha_bar [B]."""
-    level = alpha_bar[:, None, None, None]
-    return level.sqrt() * clean + (1.0 - level).sqrt() * noise
 
 
 class Conditioner:

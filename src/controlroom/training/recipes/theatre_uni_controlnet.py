@@ -31,10 +31,10 @@ from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import Scene
 from controlroom.data.theatre.vocabulary import WORLD_VERSION
 from controlroom.training.clip_vision import image_encoder_of
+from controlroom.training.objective import min_snr_weight
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipes.theatre_scenes import EMPTY_SHARE, SceneBatch, Scenes, condition_maps
-from controlroom.training.recipes.theatre_unet import min_snr_weight
 
 KEEP_ALL, DROP_ALL, DROP_EACH = 0.1, 0.1, 0.5
 _FIRST, _WIDTHS = (16, 24, 32, 48), (48, 64, 64, 64)
