@@ -1,0 +1,127 @@
+"""Pictures as recipes show them to a network: latents made once, words, masks; and pictures of the class beside them.
+
+Prior preservation (DreamBooth, arXiv 2208.12242): beside each picture of the subject stands one that the untrained
+model drew of its class, so that the class keeps its looks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from controlroom.core.errors import InputError
+from controlroom.core.images import fit
+from controlroom.data.pictures import Picture, fingerprint
+from controlroom.training.base_model import BaseModel
+from controlroom.training.randomness import seed_of
+
+
+@dataclass(frozen=True)
+class ShownBatch:
+    """What a step shows.
+
+    Attributes:
+        latents: [B, C, h, w], scaled.
+        prompts: B texts.
+        mask: [B, 1, H, W] in [0, 1], what counts; None: everything.
+        names: of the pictures.
+    """
+
+    latents: Tensor
+    prompts: tuple[str, ...]
+    mask: Tensor | None
+    names: tuple[str, ...]
+
+
+class Shown:
+    """Pictures of one size with their words, encoded once.
+
+    Args:
+        base: the model; its autoencoder encodes.
+        pictures: what is shown; each as often an epoch as its ``repeats``.
+        prompt: words for pictures without a caption; None: every picture must have one.
+        captions: whether captions of the pictures are used where there are any.
+        size: height and width; pictures are cropped around their centre. None: the model's own.
+        flip: also show each picture mirrored (not for faces that are not symmetric).
+
+    Raises:
+        InputError: no picture, one that cannot be read, or one without words.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        pictures: Sequence[Picture],
+        prompt: str | None = None,
+        captions: bool = True,
+        size: tuple[int, int] | None = None,
+        flip: bool = False,
+    ) -> None:
+        if not pictures:
+            raise InputError("There is no picture to train on.")
+        self.pictures = tuple(pictures)
+        self.size = size or base.backbone.default_size
+        self.prompts = tuple(_words(p, prompt, captions) for p in pictures)
+        height, width = self.size
+        read = [fit(p.read(), width, height, "crop") for p in pictures]
+        if flip:
+            from PIL import ImageOps
+
+            read += [ImageOps.mirror(picture) for picture in read]
+        self.flip = flip
+        self.latents = base.latents(read, self.size)
+        self.masks: Tensor | None = None
+        if any(p.read_mask is not None for p in pictures):
+            self.masks = torch.stack([_mask(p, width, height) for p in pictures]).to(base.device)
+            if flip:
+                self.masks = torch.cat([self.masks, self.masks.flip(-1)])
+        self._places = [i for i, p in enumerate(pictures) for _ in range(p.repeats)]
+        if flip:
+            self._places += [len(self.pictures) + i for i in self._places]
+
+    def __len__(self) -> int:
+        """How many pictures an epoch shows."""
+        return len(self._places)
+
+    def fingerprint(self) -> str:
+        """Whatever a resumed run must share: pictures, words, size."""
+        text = f"{fingerprint(self.pictures)} {self.prompts} {self.size} flip={self.flip}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def batch(self, indices: Sequence[int]) -> ShownBatch:
+        """Pictures of these numbers, below ``len(self)``."""
+        rows = [self._places[index] for index in indices]
+        plain = [row % len(self.pictures) for row in rows]
+        mask = None if self.masks is None else self.masks[rows]
+        prompts = tuple(self.prompts[row] for row in plain)
+        return ShownBatch(self.latents[rows], prompts, mask, tuple(self.pictures[row].name for row in plain))
+
+    def beside(self, step: int, rows: int, seed: int = 0) -> ShownBatch:
+        """Pictures drawn anew for this step, each as likely as any other: a class beside its subject."""
+        return self.batch([seed_of(seed, step * rows + k, "beside") % len(self) for k in range(rows)])
+
+
+def _words(picture: Picture, prompt: str | None, captions: bool) -> str:
+    found = picture.caption if captions and picture.caption else prompt
+    if found is None:
+        raise InputError(
+            f"{picture.name} has no caption. Write one beside it (a .txt file of the same name, or metadata.jsonl), or "
+            "give a prompt for all pictures."
+        )
+    return found
+
+
+def _mask(picture: Picture, width: int, height: int) -> Tensor:
+    """[1, H, W], cropped as the picture is; all ones where there is none."""
+    if picture.read_mask is None:
+        return torch.ones(1, height, width)
+    cropped = fit(picture.read_mask().convert("RGB"), width, height, "crop").convert("L")
+    mask = torch.from_numpy(np.asarray(cropped, np.float32) / 255)[None]
+    if not bool(mask.any()):
+        raise InputError(f"The mask of {picture.name} is black within the crop; nothing of it would count.")
+    return mask
