@@ -2,8 +2,8 @@
 
 A file holds ``image_proj.*`` and ``ip_adapter.N.to_{k,v}_ip.weight``; N counts the UNet's attention processors in
 diffusers' order (down, up, mid), where cross-attention has the odd numbers. FaceID files also hold
-``ip_adapter.N.to_{q,k,v,out}_lora.{down,up}.weight`` for every N. `IPAdapterModel` is named so that its state
-dictionary *is* the file.
+``ip_adapter.N.to_{q,k,v,out}_lora.{down,up}.weight`` for every N; those that read several pictures by attention
+``aggregator.*`` and how to use it, in the metadata. `IPAdapterModel` is named so that its state dictionary *is* the file.
 """
 
 from __future__ import annotations
@@ -18,14 +18,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from controlroom.backbones.image_aggregator import (
+    Aggregate,
+    AggregatorSettings,
+    PictureAttention,
+    aggregated,
+    attention_from,
+)
 from controlroom.backbones.image_encoder import encoder_width, load_image_encoder
 from controlroom.backbones.image_projection import ImageProjection, projection_for
 from controlroom.backbones.loading import find_model
-from controlroom.backbones.model_files import read_safetensors
+from controlroom.backbones.model_files import read_metadata, read_safetensors
 from controlroom.core.backbone import Backbone
 from controlroom.core.errors import ModelError
 
-_IMAGE, _LAYERS = "image_proj.", "ip_adapter."
+_IMAGE, _LAYERS, _AGGREGATOR = "image_proj.", "ip_adapter.", "aggregator."
 _LAYER_KEY = re.compile(r"(\d+)\.(to_(?:k|v)_ip|to_(?:q|k|v|out)_lora\.(?:down|up))\.weight")
 
 
@@ -35,21 +42,42 @@ class IPAdapterModel(nn.Module):
     Attributes:
         image_proj: features -> tokens.
         ip_adapter: number of the attention processor -> its layers.
+        aggregator: attention between the pictures of a prompt; None: it has none.
+        aggregate: what becomes of several pictures unless a run says otherwise.
     """
 
-    def __init__(self, image_proj: ImageProjection, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        image_proj: ImageProjection,
+        layers: Mapping[str, nn.Module],
+        aggregator: PictureAttention | None = None,
+        aggregate: Aggregate = "tokens",
+    ) -> None:
         super().__init__()
         self.image_proj = image_proj
         self.ip_adapter = nn.ModuleDict(layers)
+        if aggregator is not None and aggregator.width != image_proj.reads:
+            raise ModelError(
+                f"The attention between pictures reads features {aggregator.width} wide, the projection those "
+                f"{image_proj.reads} wide."
+            )
+        self.aggregator = aggregator
+        self.aggregate: Aggregate = aggregate
 
     @classmethod
-    def for_unet(cls, unet: Any, image_proj: ImageProjection) -> IPAdapterModel:
+    def for_unet(cls, unet: Any, image_proj: ImageProjection, rank: int | None = None, seed: int = 0) -> IPAdapterModel:
         """An adapter to be trained: keys and values start as the copies of the text's, as in the paper's code.
+
+        Args:
+            unet: whose layers they belong to.
+            image_proj: features -> tokens.
+            rank: of the changes to the layers' own projections, as FaceID has them; they start at 0. None: none.
+            seed: of these changes.
 
         Raises:
             ModelError: the tokens are not as wide as the text's.
         """
-        layers: dict[str, nn.Module] = {}
+        parts: dict[str, dict[str, nn.Module]] = {}
         modules = dict(unet.named_modules())
         for name, number in layer_numbers(unet).items():
             k, v = modules[name].to_k.weight, modules[name].to_v.weight
@@ -57,8 +85,38 @@ class IPAdapterModel(nn.Module):
                 raise ModelError(f"The tokens are {image_proj.width} wide, this model's text {k.shape[1]}.")
             layer = nn.ModuleDict({"to_k_ip": _linear(k.shape), "to_v_ip": _linear(v.shape)})
             layer.load_state_dict({"to_k_ip.weight": k.detach(), "to_v_ip.weight": v.detach()})
-            layers[str(number)] = layer
-        return cls(image_proj, layers)
+            parts[str(number)] = dict(layer.items())
+        if rank is not None:
+            generator = torch.Generator().manual_seed(seed)
+            for number in range(len(_layers(unet))):
+                found = parts.setdefault(str(number), {})
+                for part in ("to_q", "to_k", "to_v", "to_out"):
+                    found |= _low_rank_layers(_adapted(unet, number, part), f"{part}_lora", rank, generator)
+        ordered = sorted(parts.items(), key=lambda item: int(item[0]))
+        return cls(image_proj, {number: _tree(layers) for number, layers in ordered})
+
+    def tokens(self, features: torch.Tensor, how: Aggregate | None = None) -> torch.Tensor:
+        """Features of a prompt's pictures [rows, pictures, …] -> tokens [rows, groups, length, width].
+
+        There is a group for each picture, or one where the pictures were made one.
+
+        Args:
+            features: of the pictures.
+            how: None: as the adapter was trained.
+
+        Raises:
+            ModelError: attention is asked for, and there is none.
+        """
+        how = how or self.aggregate
+        one = aggregated(features, how, self.aggregator)
+        found = self.image_proj(one.flatten(0, 1)).unflatten(0, one.shape[:2])
+        return found if how == "tokens" else found.flatten(1, 2)[:, None]
+
+    def metadata(self) -> dict[str, str]:
+        """What a file must say beside the tensors."""
+        if self.aggregator is not None:
+            return self.aggregator.settings.to_metadata()
+        return {} if self.aggregate == "tokens" else AggregatorSettings(aggregate=self.aggregate).to_metadata()
 
     def keys_and_values(self, number: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[rows, length, width] -> keys and values [rows, length, heads * head width] of a layer."""
@@ -87,19 +145,37 @@ def load_ip_adapter(path: Path, unet: Any) -> IPAdapterModel:
     Raises:
         ModelError: broken, keys missing or left over, or made for another base model.
     """
-    return adapter_from_tensors(read_safetensors(path), unet, str(path))
+    settings = AggregatorSettings.from_metadata(read_metadata(path), str(path))
+    return adapter_from_tensors(read_safetensors(path), unet, str(path), settings)
 
 
-def adapter_from_tensors(tensors: Mapping[str, Any], unet: Any, name: str = "the IP-Adapter") -> IPAdapterModel:
+def save_ip_adapter(model: IPAdapterModel, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the adapter as a ``.safetensors`` file with the published keys, in float32."""
+    from safetensors.torch import save_file
+
+    tensors = {key: value.detach().float().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(tensors, str(path), {"format": "pt", **model.metadata(), **(metadata or {})})
+
+
+def adapter_from_tensors(
+    tensors: Mapping[str, Any], unet: Any, name: str = "the IP-Adapter", settings: AggregatorSettings | None = None
+) -> IPAdapterModel:
     """The adapter in a mapping with the keys of a file, flat or nested as diffusers takes it.
+
+    Args:
+        tensors: the file's.
+        unet: that it is for.
+        name: for messages.
+        settings: how its aggregator is used, out of the file's metadata; None: it says nothing.
 
     Raises:
         ModelError: as `load_ip_adapter`.
     """
-    flat = _flat(tensors)
+    flat = flat_tensors(tensors, "An IP-Adapter")
     image = {key.removeprefix(_IMAGE): value for key, value in flat.items() if key.startswith(_IMAGE)}
     layers = {key.removeprefix(_LAYERS): value for key, value in flat.items() if key.startswith(_LAYERS)}
-    strange = [key for key in flat if not key.startswith((_IMAGE, _LAYERS))]
+    between = {key.removeprefix(_AGGREGATOR): value for key, value in flat.items() if key.startswith(_AGGREGATOR)}
+    strange = [key for key in flat if not key.startswith((_IMAGE, _LAYERS, _AGGREGATOR))]
     strange += [_LAYERS + key for key in layers if not _LAYER_KEY.fullmatch(key)]
     if not image or not layers or strange:
         problem = f"it also has {strange[0]!r}" if strange and image and layers else "it lacks image_proj or ip_adapter"
@@ -111,7 +187,9 @@ def adapter_from_tensors(tensors: Mapping[str, Any], unet: Any, name: str = "the
         if value.ndim != 2:
             raise ModelError(f"{name} has {_LAYERS}{key} as {list(value.shape)}; expected a matrix.")
         built.setdefault(number, {})[part] = _linear(value.shape)
-    model = IPAdapterModel(projection, {number: _tree(parts) for number, parts in built.items()})
+    aggregator = attention_from(between, settings, name)
+    layers_of = {number: _tree(parts) for number, parts in built.items()}
+    model = IPAdapterModel(projection, layers_of, aggregator, "tokens" if settings is None else settings.aggregate)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for key, shape in expected.items():
         if key not in flat:
@@ -231,15 +309,31 @@ def _adapted(unet: Any, number: int, part: str) -> Any:
     return layer.to_out[0] if part == "to_out" else getattr(layer, part)
 
 
-def _flat(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def flat_tensors(tensors: Mapping[str, Any], what: str) -> dict[str, torch.Tensor]:
+    """Tensors of a file by their full keys, out of a mapping that may be nested once.
+
+    Raises:
+        ModelError: something in it is no tensor.
+    """
     found: dict[str, torch.Tensor] = {}
     for key, value in tensors.items():
         nested = value.items() if isinstance(value, Mapping) else [(None, value)]
         for inner, tensor in nested:
             if not isinstance(tensor, torch.Tensor):
-                raise ModelError(f"An IP-Adapter holds tensors; {key!r} is a {type(tensor).__name__}.")
+                raise ModelError(f"{what} holds tensors; {key!r} is a {type(tensor).__name__}.")
             found[str(key) if inner is None else f"{key}.{inner}"] = tensor
     return found
+
+
+def _low_rank_layers(linear: Any, name: str, rank: int, generator: torch.Generator) -> dict[str, nn.Module]:
+    """``down``, drawn with deviation 1 / rank, and ``up``, which is zero."""
+    into, out = linear.in_features, linear.out_features
+    inner = min(rank, into, out)
+    down, up = _linear((inner, into)), _linear((out, inner))
+    with torch.no_grad():
+        down.weight.copy_(torch.randn(inner, into, generator=generator) / inner)
+        up.weight.zero_()
+    return {f"{name}.down": down, f"{name}.up": up}
 
 
 def _linear(shape: Any) -> nn.Linear:

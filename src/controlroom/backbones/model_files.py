@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ import torch
 from controlroom.core.errors import ModelError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+
+
+def pickle_refused(name: str, what: str) -> ModelError:
+    """The one error for a pickle that was given where weights belong: what to do instead."""
+    return ModelError(
+        f"{name!r} is a pickle, which can run code when it is opened, and is not opened here. Use the .safetensors file "
+        f"of that {what}, or make one: controlroom convert {shlex.quote(name)} -o "
+        f"{shlex.quote(str(Path(name).with_suffix('.safetensors')))}"
+    )
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -22,6 +32,21 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return explained(str(path), lambda: load_file(str(path)))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a file says beside its tensors.
+
+    Raises:
+        ModelError: the file is broken.
+    """
+    from safetensors import safe_open
+
+    def read() -> dict[str, str]:
+        with safe_open(str(path), framework="pt") as content:
+            return dict(content.metadata() or {})
+
+    return explained(str(path), read)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -54,6 +79,11 @@ def explained(name: str, load: Any) -> Any:
 def failure(name: str, error: Exception) -> ModelError:
     """The one error for what a library raised on a model."""
     reason = " ".join(str(error).split())
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        for file in sorted(folder.iterdir()):
+            if file.suffix.lower() in PICKLES:
+                return pickle_refused(str(file), "model")
     return ModelError(
         f"{name!r} cannot be loaded: {reason[:400]}. Give the word theatre, a folder in diffusers' layout, a hub "
         "id, or a .safetensors file."

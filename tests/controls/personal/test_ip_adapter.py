@@ -297,10 +297,10 @@ def test_file_and_encoder_beside_it(pipe: Pipeline, folder: Path, encoder: Any) 
 def test_pooling_one_picture_given_several_times_is_that_picture(pipe: Pipeline, folder: Path) -> None:
     file, one, other = folder / "plus.safetensors", picture(), picture(1)
     alone = draw(pipe, IPAdapter(file, one)).images
-    for how in ("mean", "max"):
-        same = draw(pipe, IPAdapter(file, [one, one, one], pooling=how)).images
+    for how in ("average", "max"):
+        same = draw(pipe, IPAdapter(file, [one, one, one], aggregate=how)).images
         assert (same - alone).abs().max() < 1e-4 * alone.std()
-        assert (draw(pipe, IPAdapter(file, [one, other], pooling=how)).images - alone).abs().max() > 1e-3
+        assert (draw(pipe, IPAdapter(file, [one, other], aggregate=how)).images - alone).abs().max() > 1e-3
 
 
 def test_pictures_of_each_prompt(pipe: Pipeline, folder: Path) -> None:
@@ -389,7 +389,7 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
     "scale kind": ({"scale": {"up": "much"}}, "must be a number"),
     "scale empty": ({"scale": {}}, "scale"),
     "scale nan": ({"scale": float("nan")}, "scale"),
-    "pooling": ({"pooling": "sum"}, "pooling"),
+    "aggregate": ({"aggregate": "sum"}, "aggregate"),
     "unknown": ({"weight": 1.0}, "weight"),
 }
 
@@ -422,6 +422,7 @@ def test_bad_models(pipe: Pipeline, folder: Path, encoder: Any, tmp_path: Path) 
         ({**good, "extra": torch.zeros(1)}, "'extra'"),
         ({**good, "ip_adapter.1.to_q_ip.weight": torch.zeros(1, 1)}, "to_q_ip"),
         ({**good, "image_proj.other": torch.zeros(1)}, "image_proj.other"),
+        ({**good, "aggregator.to_v.weight": torch.eye(24)}, "cannot be left out"),
         ({**good, "image_proj.norm.bias": torch.zeros(7)}, "image_proj.norm.bias"),
         ({**good, first: torch.zeros(3)}, "expected a matrix"),
         ({**good, first: torch.zeros(3, 32)}, "another base model"),

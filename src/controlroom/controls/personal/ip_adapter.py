@@ -5,8 +5,8 @@ A picture becomes a few tokens, to which every cross-attention layer attends wit
 of its own; the result is added to that of the words.
 
 Scales by layer are those of InstantStyle (arXiv 2404.02733). Deviations from diffusers: a mask keeps its grey values;
-``pooling`` pools the features of several pictures; scales for each picture also work without masks, where each picture
-is then attended to by itself.
+``aggregate`` makes one prompt of several pictures of a subject (`backbones.image_aggregator`); scales for each picture
+also work without masks, where each picture is then attended to by itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 
+from controlroom.backbones.image_aggregator import Aggregate
 from controlroom.backbones.image_encoder import check_image_encoder, image_features
 from controlroom.backbones.ip_adapter import (
     IPAdapterModel,
@@ -52,7 +53,8 @@ class _Memory:
 
     Attributes:
         model: the adapter.
-        tokens: of the pictures, [1 or images, pictures, length, width]; and for branches without words.
+        tokens: of the pictures, [1 or images, groups, length, width], a group for each picture unless they were made
+            one; and for branches without words.
         masks: one for each picture, or one for all; empty: none.
         scales: of each layer.
         numbers: of each layer in the file.
@@ -88,7 +90,9 @@ class IPAdapter(Control):
         mask: white where the pictures act; or one for each picture, which are then attended to by themselves.
             Pictures, or words of the prompt (``"words: red hat"``), which are looked up from the second step on.
         start, end: share of the steps between which it acts.
-        pooling: of several pictures: the ``mean`` or ``max`` of their features; None: their tokens are joined.
+        aggregate: what becomes of several pictures: ``tokens`` joins those of all; ``max`` and ``average`` pool their
+            features; ``attention`` lets them look at each other, as the adapter was trained to. Masks and scales are
+            then of all together. None: as the file says, which is ``tokens`` for all published ones.
         image_encoder: folder or loaded `CLIPVisionModelWithProjection`; None: the folder ``image_encoder`` beside the
             file.
 
@@ -106,7 +110,7 @@ class IPAdapter(Control):
     mask: MaskInput = None
     start: float = Field(default=0.0, ge=0.0, le=1.0)
     end: float = Field(default=1.0, ge=0.0, le=1.0)
-    pooling: Literal["mean", "max"] | None = None
+    aggregate: Aggregate | None = None
     image_encoder: Any = None
 
     @field_validator("scale", mode="after")
@@ -136,19 +140,20 @@ class IPAdapter(Control):
             raise InputError("IPAdapter needs a picture: give image or embeds, one of them.")
         adapter = self._adapter(run.backbone)
         positive, negative = self._features(run, adapter)
-        if self.pooling is not None:
-            positive = _pooled(positive, self.pooling)
-            negative = None if negative is None else _pooled(negative, self.pooling)
-        tokens = {False: _tokens(adapter, positive)}
+        tokens = {False: self._tokens(adapter, positive)}
         if negative is not None:
-            tokens[True] = _tokens(adapter, negative)
+            tokens[True] = self._tokens(adapter, negative)
         masks = [run_mask(mask, run, self, name) for name, mask in _named(_masks(self.mask))]
         scales = layer_scales(self.scale, run.plan.outline.sites("cross"))
-        pictures, lists = positive.shape[1], [x for x in scales.values() if isinstance(x, list)]
+        pictures, lists = tokens[False].shape[1], [x for x in scales.values() if isinstance(x, list)]
+        made_one = (self.aggregate or adapter.aggregate) != "tokens"
+        hint = ' and aggregate="tokens", since they were made one' if made_one else ""
         if len(masks) not in (0, 1, pictures):
-            raise InputError(f"There are {len(masks)} masks for {pictures} pictures. Give one, or one for each.")
+            raise InputError(f"There are {len(masks)} masks for {pictures} pictures. Give one, or one for each{hint}.")
         if any(len(x) != pictures for x in lists):
-            raise InputError(f"scale has {len(lists[0])} numbers for {pictures} pictures. Give one, or one for each.")
+            raise InputError(
+                f"scale has {len(lists[0])} numbers for {pictures} pictures. Give one, or one for each{hint}."
+            )
         apart = len(masks) > 1 or bool(lists)
         return _Memory(adapter, tokens, masks, scales, layer_numbers(run.backbone.unet), apart)
 
@@ -245,6 +250,11 @@ class IPAdapter(Control):
             negative = torch.zeros_like(positive[:1])
         return positive.to(run.device, run.dtype), None if negative is None else negative.to(run.device, run.dtype)
 
+    def _tokens(self, adapter: IPAdapterModel, features: torch.Tensor) -> torch.Tensor:
+        """[rows, pictures, …] -> [rows, groups, length, width]."""
+        with torch.no_grad():
+            return adapter.tokens(features.to(next(adapter.parameters()).dtype), self.aggregate)
+
     def _encoder(self, run: Run, adapter: IPAdapterModel) -> Any:
         encoder = self.image_encoder
         if encoder is not None and not isinstance(encoder, str | os.PathLike):
@@ -254,16 +264,6 @@ class IPAdapter(Control):
         if isinstance(self.model, str | os.PathLike):
             path = adapter_file(find_model(self.model, "IP-Adapter"))
         return find_image_encoder(encoder, path, adapter.image_proj, run.backbone)
-
-
-def _tokens(adapter: IPAdapterModel, features: torch.Tensor) -> torch.Tensor:
-    """[rows, pictures, …] -> [rows, pictures, length, width]."""
-    dtype = next(adapter.parameters()).dtype
-    return adapter.image_proj(features.flatten(0, 1).to(dtype)).unflatten(0, features.shape[:2])
-
-
-def _pooled(features: torch.Tensor, how: str) -> torch.Tensor:
-    return features.mean(1, keepdim=True) if how == "mean" else features.amax(1, keepdim=True)
 
 
 def _masks(mask: Any) -> list[Any]:
