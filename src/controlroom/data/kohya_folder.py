@@ -105,8 +105,8 @@ def is_kohya_folder(path: str | os.PathLike[str]) -> bool:
     loose = pictures_in(root)
     if found and loose:
         raise InputError(
-            f"{str(root)!r} holds {len(loose)} pictures beside folders such as {found[0].name!r}. Move them into one of "
-            "the folders, or give the folder that is meant."
+            f"{str(root)!r} holds {len(loose)} pictures beside folders such as {found[0].name!r}. Move them into one "
+            "of the folders, or give the folder that is meant."
         )
     return bool(found)
 
