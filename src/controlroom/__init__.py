@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from controlroom.controls.object_edits import KeepShape as KeepShape
     from controlroom.controls.object_edits import Move as Move
     from controlroom.controls.object_edits import Resize as Resize
+    from controlroom.controls.personal.instant_id import InstantID as InstantID
     from controlroom.controls.personal.ip_adapter import IPAdapter as IPAdapter
     from controlroom.controls.personal.lora import LoRA as LoRA
     from controlroom.controls.personal.textual_inversion import TextualInversion as TextualInversion
@@ -130,6 +131,7 @@ _EXPORTS: dict[str, str] = {
     "ImageToImage": "controlroom.controls.editing.image_to_image",
     "Imagic": "controlroom.controls.editing.imagic",
     "Inpaint": "controlroom.controls.editing.inpaint",
+    "InstantID": "controlroom.controls.personal.instant_id",
     "InstructPix2Pix": "controlroom.controls.editing.instruct_pix2pix",
     "KeepAppearance": "controlroom.controls.object_edits",
     "KeepShape": "controlroom.controls.object_edits",

@@ -184,3 +184,35 @@ def gated_unet(unet: Any, seed: int = 29, attention_type: str = "gated") -> Any:
             if name.startswith("position_net.null"):
                 parameter.normal_()
     return net
+
+
+def tiny_ms_diffusion(unet: Any, seed: int = 31, tokens: int = 3) -> dict[str, torch.Tensor]:
+    """Random tensors of a file of MS-Diffusion for a miniature: states of width 32, phrases of width 32."""
+    from controlroom.backbones.ms_diffusion import GroundingResampler, MSDiffusionModel
+
+    torch.manual_seed(seed)
+    projection = GroundingResampler(32, 48, int(unet.config.cross_attention_dim), tokens, 2, 128, 96, 32)
+    model = MSDiffusionModel.for_unet(unet, projection)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif ".to_k_ip." in name or ".to_v_ip." in name:
+                parameter.normal_(0.0, 1.5 / parameter.shape[1] ** 0.5)
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def tiny_instant_id(unet: Any, seed: int = 31, tokens: int = 6) -> tuple[dict[str, torch.Tensor], ControlNetModel]:
+    """The two parts of an InstantID for a miniature, random: an adapter that reads vectors of 32, and IdentityNet."""
+    return tiny_ip_adapter(unet, "plus", seed, tokens), tiny_controlnet(unet, seed)
+
+
+def write_instant_id(unet: Any, folder: Path) -> Path:
+    """The folder of an InstantID for a miniature."""
+    from safetensors.torch import save_file
+
+    adapter, net = tiny_instant_id(unet)
+    folder.mkdir(parents=True)
+    save_file(adapter, str(folder / "ip-adapter.safetensors"))
+    net.save_pretrained(folder / "ControlNetModel")
+    return folder

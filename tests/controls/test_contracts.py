@@ -33,6 +33,7 @@ from tests.controls.nets import (
     tiny_imagic,
     tiny_ip_adapter,
     tiny_t2i_adapter,
+    write_instant_id,
     write_uni_controlnet,
 )
 from tests.tiny import BACKBONES
@@ -77,6 +78,11 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "image_to_image": lambda folder: {"image": picture(4), "strength": 1.0},
     "imagic": lambda folder: {"model": str(folder / "imagic"), "alpha": 0.6},
     "inpaint": lambda folder: {"image": picture(13), "mask": np.eye(16)},
+    "instant_id": lambda folder: {
+        "model": str(folder / "instant_id"),
+        "face_embeds": [0.1 * i for i in range(32)],
+        "keypoints": [[5.0, 5.0], [10.0, 5.5], [7.5, 8.0], [5.5, 10.5], [9.5, 11.0]],
+    },
     "instruct_pix2pix": lambda folder: {"image": picture(5)},
     "ip_adapter": lambda folder: {
         "model": str(folder / "ip_adapter.safetensors"),
@@ -121,6 +127,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "guidance_interval": {"guidance_start": 0.0, "guidance_end": 1.0},
     "guidance_rescale": {"scale": 0.0},
     "imagic": {"alpha": 1.0, "network": "base"},
+    "instant_id": {"scale": 0.0},
     "ip_adapter": {"scale": 0.0},
     "lora": {"scale": 0.0},
     "perp_neg": {"scale": 0.0},
@@ -167,6 +174,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "imagic": ("model", "alpha"),
     "inpaint": ("image", "mask", "strength"),
     "instruct_pix2pix": ("image", "image_guidance_scale"),
+    "instant_id": ("model", "face_embeds", "keypoints", "controlnet", "scale", "identity_scale", "mask"),
     "ip_adapter": ("model", "image", "embeds", "scale", "mask"),
     "lora": ("model", "scale"),
     "multidiffusion": ("window", "stride", "circular", "regions"),
@@ -218,6 +226,7 @@ class Stage:
         tiny_controlnet(plain.unet).save_pretrained(folder / "controlnet")
         tiny_t2i_adapter(plain.unet).save_pretrained(folder / "t2i_adapter")
         write_uni_controlnet(plain.unet, folder / "uni_controlnet")
+        write_instant_id(plain.unet, folder / "instant_id")
         other = BACKBONES[kind](seed=9, in_channels=channels).unet
         tiny_imagic(gated_unet(other) if gated else other, kind == "sdxl", folder / "imagic")
         BACKBONES[kind](seed=9).unet.save_pretrained(folder / "writer")
