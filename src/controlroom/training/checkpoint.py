@@ -184,18 +184,47 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
         f"{name}|{key}": value
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
     }
 
 
+def optimizer_numbers(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """What an optimizer keeps as plain numbers, as JSON: counters beside the moments, and what it found out.
+
+    Of a group, what differs from the optimizer's defaults (Prodigy's distance, for example) and is not the learning
+    rate, which the loop sets at each step. Python writes and reads its numbers in JSON without loss.
+    """
+    states = {name: _numbers(optimizer.state.get(parameter, {})) for name, parameter in parameters.items()}
+    groups = {
+        str(place): {k: v for k, v in _numbers(group).items() if k != "lr" and optimizer.defaults.get(k) != v}
+        for place, group in enumerate(optimizer.param_groups)
+    }
+    return {"parameters": {k: v for k, v in states.items() if v}, "groups": {k: v for k, v in groups.items() if v}}
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
 ) -> None:
-    """Inverse of `optimizer_tensors`, into memory laid out as that of the parameters."""
+    """Inverse of `optimizer_tensors` and `optimizer_numbers`, into memory laid out as that of the parameters."""
+    numbers = numbers or {}  # checkpoints written before there were any have none
+    for name, values in numbers.get("parameters", {}).items():
+        optimizer.state[parameters[name]].update(values)
+    for place, values in numbers.get("groups", {}).items():
+        optimizer.param_groups[int(place)].update(values)
     for key, value in tensors.items():
         name, moment = key.rsplit("|", 1)
         parameter = parameters[name]
         place = (
-            torch.empty_like(parameter)
+            torch.empty_like(parameter, dtype=value.dtype)
             if value.shape == parameter.shape
             else torch.empty_like(value, device=parameter.device)
         )

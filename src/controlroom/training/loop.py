@@ -1,15 +1,13 @@
-"""The training loop: one for every recipe, exact across interruption.
+"""The training loop: one for every recipe, exact across interruption, in one process or several.
 
 Order of data and noise are functions of (seed, slot), where a slot is the number of a sample since training began; the
 learning rate is a function of the step. What is left to save is weights, averages, moments and the step, so a run
-that was stopped or killed and resumed is bit-equal to an unbroken one on the same machine with as many threads.
-
-A single process for now. The seam for several is `slots_of`: each takes its share of the slots of a step.
+that was stopped or killed and resumed is bit-equal to an unbroken one on the same machine with as many processes and
+threads. Several processes (`processes.py`) share the slots of a step; the main one writes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,34 +17,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlroom.core.errors import ControlRoomError, ModelError
+from controlroom.core.errors import InputError, ModelError
 from controlroom.training.checkpoint import (
+    Checkpoint,
     ResumeError,
     checkpoints,
     load_checkpoint,
     modules_hash,
     newest_whole,
+    optimizer_numbers,
     optimizer_tensors,
     prune,
     remove_unfinished,
     restore_optimizer,
     save_checkpoint,
 )
+from controlroom.training.divergence import DivergedError as DivergedError
 from controlroom.training.ema import Ema
 from controlroom.training.export import export_weights, samples_seen
-from controlroom.training.hardware import fast_bfloat16, moved, usable_device
+from controlroom.training.hardware import fast_bfloat16, usable_device
 from controlroom.training.identity import identity_of, refuse_other_run, trained_parameters
 from controlroom.training.optimizers import new_optimizer
 from controlroom.training.prefetch import batches_ahead
+from controlroom.training.previews import isolated_randomness, write_previews
+from controlroom.training.processes import Processes
 from controlroom.training.progress import Progress
-from controlroom.training.randomness import DataOrder, StepRandom, seed_of, slots_of
-from controlroom.training.recipe import AfterStep, FiniteData, Recipe, Reloads, Validates
+from controlroom.training.randomness import seed_of
+from controlroom.training.recipe import Previews, Recipe, Reloads, Validates
+from controlroom.training.recompute import recomputing
 from controlroom.training.settings import TrainSettings, learning_rate_at
-from controlroom.training.stop import Clock, StopRequest, only_run_in
-
-
-class DivergedError(ControlRoomError):
-    """A loss or gradient that is not finite. The step was not taken; the last checkpoint is good."""
+from controlroom.training.step import Stepper
+from controlroom.training.stop import Clock, StopRequest, agreed, only_run_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,35 +74,48 @@ def train(recipe: Recipe[Any], settings: TrainSettings, *, resume: bool = True) 
     """Train until the total is reached, the time box ends, or SIGTERM or SIGINT arrives; then save and export.
 
     Writes to `settings.output_dir`: `step-N/` checkpoints, `weights/` (exported, averaged weights, with the number of
-    samples in their metadata), `log.jsonl`. Call again with the same arguments to continue.
+    samples in their metadata), `log.jsonl`, `previews/`. Call again with the same arguments to continue.
+
+    Started by torchrun, `accelerate launch` or MPI, the processes train together: each calls this with the same
+    arguments and its own recipe, shows its share of every batch, and gets the same result.
 
     Raises:
         ResumeError: the checkpoint was made with other settings, another recipe or other frozen weights, or there are
             checkpoints and `resume` is false.
         DivergedError: a loss or gradient was not finite; nothing was stepped or saved with it.
-        InputError: the device is unknown or not on this machine.
-        ModelError: nothing to train, a master weight that is not float32, or a frozen module that moved.
+        InputError: the device is unknown or not on this machine, a library of the settings is not installed, or the
+            batch cannot be split among the processes.
+        ModelError: nothing to train, a master weight that is not float32, a frozen module that moved, or processes
+            whose frozen modules differ.
         OutputError: a checkpoint or export could not be written, or another process trains in the folder.
     """
     stop = StopRequest(settings.stop_after_seconds)
     with ExitStack() as stack:
-        stack.enter_context(only_run_in(settings.output_dir))
+        processes = Processes.joined(settings.device)
+        if settings.batch_size % (processes.world * settings.accumulate):
+            raise InputError(
+                f"batch_size {settings.batch_size} cannot be shared equally by {processes.world} processes in "
+                f"{settings.accumulate} parts each. Give a multiple of {processes.world * settings.accumulate}."
+            )
+        processes.by_main(lambda: stack.enter_context(only_run_in(settings.output_dir)))
         stack.enter_context(stop.listening())
         stack.enter_context(_torch_state_kept(settings.threads))
-        return _Run(recipe, settings, resume, stack).go(stop)
+        return _Run(recipe, settings, processes, resume, stack).go(stop)
 
 
 class _Run:
     """The state of one call of `train`."""
 
-    def __init__(self, recipe: Recipe[Any], settings: TrainSettings, resume: bool, stack: ExitStack) -> None:
-        self.recipe, self.settings = recipe, settings
+    def __init__(
+        self, recipe: Recipe[Any], settings: TrainSettings, processes: Processes, resume: bool, stack: ExitStack
+    ) -> None:
+        self.recipe, self.settings, self.processes = recipe, settings, processes
         self.folder = settings.output_dir
         self.weights_folder = self.folder / "weights"
 
         # -- what trains, and what must not --
         self.modules, self.frozen = recipe.modules(), recipe.frozen()
-        self.device = usable_device(settings.device)
+        self.device = usable_device(processes.device_name(settings.device))
         for module in (*self.modules.values(), *self.frozen.values()):
             module.to(self.device)
         self._order_channels(last=True)
@@ -110,18 +124,18 @@ class _Run:
         for module in self.modules.values():
             module.train()
         self.parameters = trained_parameters(self.modules, self.frozen)
+        recomputed = 0
+        if settings.gradient_checkpointing:
+            recomputed = stack.enter_context(recomputing((*self.modules.values(), *self.frozen.values())))
         self.bfloat16 = settings.mixed_precision == "bf16" or (
             settings.mixed_precision == "auto" and fast_bfloat16(self.device)
         )
         self.frozen_hash = modules_hash(self.frozen)
+        if len(set(processes.all_say(self.frozen_hash))) > 1:
+            raise ModelError(f"The frozen modules of recipe {recipe.name!r} differ from process to process.")
 
         # -- where it starts: a checkpoint, exported weights, or the recipe's own initial weights --
-        remove_unfinished(self.folder)
-        if not resume and checkpoints(self.folder):
-            raise ResumeError(
-                f"{self.folder} holds checkpoints and resume is off. Delete it or give another output_dir."
-            )
-        found, notes = newest_whole(self.folder)
+        found, notes = processes.by_main(lambda: _found(self.folder, resume))
         checkpoint = None if found is None else load_checkpoint(found)
         self.step, self.start_samples = 0, 0
         if checkpoint is not None:
@@ -140,64 +154,98 @@ class _Run:
             refuse_other_run(checkpoint.path, checkpoint.state["identity"], self.identity)
             for name, module in self.modules.items():
                 module.load_state_dict(checkpoint.weights[name])
-            restore_optimizer(self.optimizer, self.parameters, checkpoint.optimizer)
+            numbers = checkpoint.state.get("optimizer_numbers")
+            restore_optimizer(self.optimizer, self.parameters, checkpoint.optimizer, numbers)
+        processes.follow_main(tensor for module in self.modules.values() for tensor in module.state_dict().values())
         self.ema = None if settings.ema_decay is None else Ema(self.parameters, settings.ema_decay)
         if checkpoint is not None and self.ema is not None:
             for name, average in self.ema.averages.items():
                 average.copy_(checkpoint.ema[name])
 
-        # -- data, log, clocks --
-        size = recipe.dataset_size if isinstance(recipe, FiniteData) else None
-        self.order = DataOrder(settings.seed, size)
+        # -- steps, log, clocks --
+        self.stepper = Stepper(
+            recipe,
+            settings,
+            processes,
+            self.device,
+            self.bfloat16,
+            self.parameters,
+            self.optimizer,
+            self.ema,
+            self.start_samples,
+        )
         self.clock = Clock(settings.checkpoint_every_seconds, settings.checkpoint_every_steps)
-        self.progress = Progress(self.folder / "log.jsonl", self.total_steps, settings.batch_size)
-        stack.callback(self.progress.close)
         self.losses: dict[str, float] = {}
-        for note in notes:
-            self.progress.event("broken checkpoint", note, note=note)
-        start = "resume" if checkpoint is not None else "start"
-        count = sum(p.numel() for p in self.parameters.values())
-        text = f"{recipe.name} at step {self.step}/{self.total_steps}, sample {self.samples}, {count} parameters train"
-        self.progress.event(start, text, step=self.step, samples=self.samples, parameters=count)
-        if checkpoint is not None and checkpoint.state["threads"] != torch.get_num_threads():
-            text = (
-                f"{checkpoint.state['threads']} threads before, {torch.get_num_threads()} now: equal only to rounding"
-            )
-            self.progress.event("threads", text, threads=torch.get_num_threads())
+        place = self.folder if processes.main else None
+        self.progress = Progress(place, self.total_steps, settings.batch_size, settings.log_to, self.step)
+        stack.callback(self.progress.close)
+        self._tell_start(checkpoint, notes, recomputed)
 
     @property
     def samples(self) -> int:
         """Samples the weights have seen, those before `start_from` included; also the next slot."""
         return self.start_samples + self.step * self.settings.batch_size
 
+    def _tell_start(self, checkpoint: Checkpoint | None, notes: list[str], recomputed: int) -> None:
+        for note in notes:
+            self.progress.event("broken checkpoint", note, note=note)
+        start = "resume" if checkpoint is not None else "start"
+        count = sum(p.numel() for p in self.parameters.values())
+        text = f"{self.recipe.name} at step {self.step}/{self.total_steps}, sample {self.samples}, {count} parameters train"
+        if self.processes.world > 1:
+            text += f", {self.processes.world} processes"
+        if self.settings.gradient_checkpointing:
+            text += f", {recomputed} modules recompute" if recomputed else ", no module can recompute"
+        self.progress.event(start, text, step=self.step, samples=self.samples, parameters=count)
+        if checkpoint is None:
+            return
+        before = checkpoint.state
+        counts = {
+            "threads": (before["threads"], torch.get_num_threads()),
+            "processes": (before.get("processes", 1), self.processes.world),
+            "accumulate": (before["settings"].get("accumulate", 1), self.settings.accumulate),
+        }
+        for name, (then, now) in counts.items():
+            if then != now:
+                text = f"{name}: {then} before, {now} now: equal only to rounding"
+                self.progress.event(name, text, **{name: now})
+
     def go(self, stop: StopRequest) -> TrainResult:
         settings = self.settings
-        reason = stop.reason
-        with batches_ahead(self._batch, range(self.step, self.total_steps), settings.prefetch) as batches:
+        parts = settings.accumulate
+        reason, _ = agreed(self.processes, stop.reason, due=False)
+        with batches_ahead(
+            self.stepper.batch, range(self.step * parts, self.total_steps * parts), settings.prefetch
+        ) as batches:
             while self.step < self.total_steps and reason is None:
                 # -- one optimizer step --
-                batch = moved(next(batches), self.device)
                 rate = learning_rate_at(self.step, self.total_steps, settings)
-                self.progress.add(self._take_step(batch, rate))
+                try:
+                    self.progress.add(self.stepper.take(self.step, batches, rate))
+                except DivergedError as error:
+                    self.progress.event("diverged", str(error), step=self.step)
+                    raise
                 self.step += 1
 
                 # -- tell --
                 if self.step % settings.log_every == 0 or self.step == self.total_steps:
                     self.losses = self.progress.report(self.step, self.samples, rate)
                 if settings.validate_every is not None and self.step % settings.validate_every == 0:
-                    self._validate()
+                    self.processes.by_main(self._validate)
+                if settings.preview_every is not None and self.step % settings.preview_every == 0:
+                    self.processes.by_main(self._preview)
 
                 # -- keep --
-                reason = stop.reason
-                if reason is None and self.step < self.total_steps and self.clock.due(self.step):
+                reason, due = agreed(self.processes, stop.reason, due=self.clock.due(self.step))
+                if reason is None and self.step < self.total_steps and due:
                     self._save()
                     if settings.export_with_checkpoint:
-                        self._export()
+                        self.processes.by_main(self._export)
 
         # -- end: the same whether finished or stopped --
         self._check_frozen()
         path = self._save()
-        self._export()
+        self.processes.by_main(self._export)
         reason = "finished" if self.step >= self.total_steps else str(reason)
         text = (
             f"{reason} at step {self.step}/{self.total_steps}, sample {self.samples}; weights in {self.weights_folder}"
@@ -207,65 +255,15 @@ class _Run:
         self.progress.event("end", text, reason=reason, step=self.step, samples=self.samples)
         return TrainResult(self.step, self.samples, reason, path, self.weights_folder, self.losses)
 
-    # -- one step -----------------------------------------------------------------------------------------------------
-
-    def _batch(self, step: int) -> Any:
-        slots = slots_of(step, self.settings.batch_size, self.start_samples)
-        with torch.no_grad():
-            return self.recipe.batch(self.order.indices(slots), step)
-
-    def _take_step(self, batch: Any, rate: float) -> dict[str, float]:
-        settings, step = self.settings, self.step
-        slots = slots_of(step, settings.batch_size, self.start_samples)
-
-        # -- loss: random numbers by slot; layers with randomness of their own (dropout) get the step's seed --
-        torch.manual_seed(seed_of(settings.seed, slots[0], "layers"))
-        rng = StepRandom(settings.seed, step, slots, self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            losses = self.recipe.loss(batch, step, rng)
-        self._finite(float(losses.total.detach()), "loss")
-
-        # -- gradient --
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if not gradients:
-            raise ModelError(f"The loss of recipe {self.recipe.name!r} depends on no parameter in modules().")
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._finite(float(norm), "gradient norm")
-        if settings.clip_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), settings.clip_grad_norm, norm)
-
-        # -- step and average --
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("rate_factor", 1.0)
-        self.optimizer.step()
-        if isinstance(self.recipe, AfterStep):
-            with torch.no_grad():
-                self.recipe.after_step(step)
-        if self.ema is not None:
-            self.ema.update(step)
-        parts = {name: float(value) for name, value in losses.parts.items()}
-        return {"loss": float(losses.total.detach()), **parts, "gradient_norm": float(norm)}
-
-    def _finite(self, value: float, what: str) -> None:
-        if math.isfinite(value):
-            return
-        slots = slots_of(self.step, self.settings.batch_size, self.start_samples)
-        indices = self.order.indices(slots)
-        kept = checkpoints(self.folder)
-        last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-        text = (
-            f"The {what} is {value} at step {self.step} (slots {slots[0]} to {slots[-1]}, data {indices[:8]}"
-            f"{' ...' if len(indices) > 8 else ''}). The step was not taken and nothing was saved; {last}. Look at "
-            f"these samples, lower the learning rate, or train in float32."
-        )
-        self.progress.event("diverged", text, step=self.step, first_slot=slots[0], last_slot=slots[-1])
-        raise DivergedError(text)
-
     # -- saving, exporting, validating --------------------------------------------------------------------------------
 
     def _save(self) -> Path:
+        path = self.processes.by_main(self._write)
+        self.clock.reset()
+        self.progress.event("checkpoint", str(path), step=self.step, samples=self.samples)
+        return path
+
+    def _write(self) -> Path:
         state = {
             "step": self.step,
             "samples": self.samples,
@@ -273,14 +271,14 @@ class _Run:
             "identity": self.identity,
             "settings": self.settings.model_dump(mode="json"),
             "threads": torch.get_num_threads(),
+            "processes": self.processes.world,
+            "optimizer_numbers": optimizer_numbers(self.optimizer, self.parameters),
             "torch": torch.__version__,
         }
         ema: Mapping[str, Tensor] = {} if self.ema is None else self.ema.averages
         moments = optimizer_tensors(self.optimizer, self.parameters)
         path = save_checkpoint(self.folder, self.step, state, self.modules, ema, moments)
         prune(self.folder, self.settings.keep_checkpoints)
-        self.clock.reset()
-        self.progress.event("checkpoint", str(path), step=self.step, samples=self.samples)
         return path
 
     def _export(self) -> None:
@@ -294,8 +292,14 @@ class _Run:
         if isinstance(self.recipe, Validates):
             with self._averaged():
                 values = self.recipe.validate(self.step)
-            numbers = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
-            self.progress.event("validation", f"step {self.step}  {numbers}", step=self.step, **values)
+            self.progress.validation(self.step, values)
+
+    def _preview(self) -> None:
+        if isinstance(self.recipe, Previews):
+            with isolated_randomness(seed_of(self.settings.seed, 0, "previews")), self._averaged():
+                pictures = self.recipe.preview(self.step)
+            paths = write_previews(pictures, self.folder / "previews", self.step)
+            self.progress.previews(self.step, pictures, paths)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -324,9 +328,17 @@ class _Run:
     # -- checks -------------------------------------------------------------------------------------------------------
 
     def _check_frozen(self) -> None:
-        if modules_hash(self.frozen) != self.frozen_hash:
+        if set(self.processes.all_say(modules_hash(self.frozen))) != {self.frozen_hash}:
             names = ", ".join(self.frozen)
             raise ModelError(f"A frozen module ({names}) of recipe {self.recipe.name!r} moved; this run was not saved.")
+
+
+def _found(folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, if any, and what is wrong with later ones; leftovers of a kill are removed."""
+    remove_unfinished(folder)
+    if not resume and checkpoints(folder):
+        raise ResumeError(f"{folder} holds checkpoints and resume is off. Delete it or give another output_dir.")
+    return newest_whole(folder)
 
 
 @contextmanager

@@ -28,6 +28,12 @@ def slots_of(step: int, batch_size: int, start_samples: int = 0, rank: int = 0, 
     return range(first, first + share)
 
 
+def parts_of(slots: range, parts: int) -> list[range]:
+    """The slots of a process at a step in equal parts, in order: one for each pass forward and back."""
+    size = len(slots) // parts
+    return [slots[part * size : (part + 1) * size] for part in range(parts)]
+
+
 class StepRandom:
     """Random numbers for the samples of one batch, drawn sample by sample on the CPU.
 

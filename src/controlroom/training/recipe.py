@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from controlroom.training.randomness import StepRandom
@@ -100,4 +101,26 @@ class Fingerprinted(Protocol):
 
     def fingerprint(self) -> str:
         """Whatever else a resumed run must share: version of the world, of the vocabulary, dropout table."""
+        ...
+
+
+@runtime_checkable
+class Previews(Protocol):
+    """A recipe that shows what it has learned so far."""
+
+    def preview(self, step: int) -> Sequence[tuple[str, Image]]:
+        """Named pictures, drawn without gradients, with the averaged weights, in eval mode.
+
+        The global generators of torch, numpy and Python hold the same numbers at every preview, so that pictures of
+        different steps compare, and are put back afterwards: the run is the same with and without.
+        """
+        ...
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A recipe that can say which samples are which."""
+
+    def names(self, indices: Sequence[int]) -> Sequence[str]:
+        """A name of each sample (a file, a caption) for the message about a batch that is not finite."""
         ...

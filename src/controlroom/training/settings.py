@@ -29,6 +29,9 @@ TRAJECTORY_FIELDS = (
     "ema_decay",
     "mixed_precision",
 )
+# The same, but younger than the first checkpoints: left out of the fingerprint at their defaults, so that a run which
+# began before they existed goes on.
+LATER_TRAJECTORY_FIELDS = ("schedule_cycles", "schedule_power")
 
 
 class TrainSettings(BaseModel):
@@ -44,12 +47,17 @@ class TrainSettings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     total_steps: PositiveInt | None = None
     total_samples: PositiveInt | None = None
-    batch_size: PositiveInt = 32
+    batch_size: PositiveInt = Field(default=32, description="samples of one optimizer step, over all processes")
+    accumulate: PositiveInt = Field(
+        default=1, description="parts in which each process shows its share of a step: less memory, the same step"
+    )
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "adafactor", "prodigy", "adamw8bit"] = "adamw"
     matrix_learning_rate: PositiveFloat = Field(default=0.02, description="of the weight matrices that Muon moves")
     learning_rate: PositiveFloat = 1e-4
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    schedule: Literal["constant", "cosine", "linear", "cosine_restarts", "polynomial"] = "constant"
+    schedule_cycles: PositiveInt = Field(default=1, description="half waves of cosine_restarts")
+    schedule_power: PositiveFloat = Field(default=1.0, description="exponent of polynomial; 1 is linear")
     warmup_steps: int = Field(default=0, ge=0)
     final_fraction: float = Field(default=0.0, ge=0.0, le=1.0, description="learning rate at the end / peak")
     weight_decay: float = Field(default=0.01, ge=0.0)
@@ -65,13 +73,19 @@ class TrainSettings(BaseModel):
         default=False, description="keep images and convolutions as [B, h, w, C], which a CPU convolves faster"
     )
 
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations again in the backward pass instead of keeping them"
+    )
+
     start_from: Path | None = Field(default=None, description="folder of exported weights to continue from")
     checkpoint_every_seconds: PositiveFloat | None = 180.0
     checkpoint_every_steps: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 2
     export_with_checkpoint: bool = Field(default=False, description="refresh the exported weights at each checkpoint")
     log_every: PositiveInt = 50
+    log_to: tuple[Literal["jsonl", "tensorboard"], ...] = ("jsonl",)
     validate_every: PositiveInt | None = None
+    preview_every: PositiveInt | None = Field(default=None, description="steps between previews, if the recipe draws")
     device: str = Field(default="cpu", description="where it trains: cpu, cuda, cuda:1, mps")
     threads: PositiveInt | None = None
     prefetch: bool = Field(default=False, description="make the next batch in a thread while this one trains")
@@ -83,6 +97,15 @@ class TrainSettings(BaseModel):
             raise ValueError("give exactly one of total_steps and total_samples")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; both must be at least 0 and below 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shown in {self.accumulate} equal parts (accumulate)"
+            )
+        if self.optimizer == "prodigy" and self.learning_rate < 0.01:
+            raise ValueError(
+                f"prodigy finds the rate itself and learning_rate multiplies it; {self.learning_rate} would not move "
+                "anything. Give 1.0"
+            )
         return self
 
     def steps_from(self, start_samples: int) -> int:
@@ -95,6 +118,8 @@ class TrainSettings(BaseModel):
     def trajectory(self, start_samples: int) -> dict[str, Any]:
         """The settings a resumed run must share with the broken one, as JSON values."""
         values = self.model_dump(mode="json", include=set(TRAJECTORY_FIELDS))
+        later = self.model_dump(mode="json", include=set(LATER_TRAJECTORY_FIELDS), exclude_defaults=True)
+        values.update(later)
         if self.schedule != "constant":  # a constant rate does not know how long the run is, so it may be extended
             values["steps"] = self.steps_from(start_samples)
         return values
@@ -108,5 +133,14 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainSettings) -> fl
         return settings.learning_rate
     span = max(1, total_steps - settings.warmup_steps)
     progress = min(1.0, (step - settings.warmup_steps) / span)
-    shape = 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    match settings.schedule:
+        case "linear":
+            shape = 1.0 - progress
+        case "polynomial":
+            shape = (1.0 - progress) ** settings.schedule_power
+        case "cosine":
+            shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+        case "cosine_restarts":
+            place = (settings.schedule_cycles * progress) % 1.0 if progress < 1.0 else 1.0
+            shape = 0.5 * (1.0 + math.cos(math.pi * place))
     return settings.learning_rate * (settings.final_fraction + (1.0 - settings.final_fraction) * shape)

@@ -12,6 +12,9 @@ from pathlib import Path
 from types import FrameType
 
 from controlroom.core.errors import OutputError
+from controlroom.training.processes import Processes
+
+_REASONS = (None, "time box", "SIGTERM", "SIGINT")
 
 
 class StopRequest:
@@ -59,6 +62,12 @@ class Clock:
 
     def reset(self) -> None:
         self._last = time.monotonic()
+
+
+def agreed(processes: Processes, reason: str | None, due: bool) -> tuple[str | None, bool]:
+    """What all processes do next: stop if one has a reason to, save if the main process finds it due."""
+    rows = processes.table([_REASONS.index(reason), due])
+    return _REASONS[int(max(row[0] for row in rows))], bool(rows[0][1])
 
 
 @contextmanager
