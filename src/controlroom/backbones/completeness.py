@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from controlroom.backbones.model_files import PICKLES, read_json
+from controlroom.backbones.model_files import PICKLES, pickle_refused, read_json
 from controlroom.core.errors import ModelError
 
 # Buffers that some versions of transformers store and others compute.
@@ -51,9 +51,10 @@ def _check_weights(place: Path, variant: str | None) -> None:
     if variant is not None:
         weights = [file for file in weights if f".{variant}." in file.name or f".{variant}-" in file.name] or weights
     if not weights:
-        pickles = [file.name for file in place.iterdir() if file.suffix in PICKLES]
-        what = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
-        raise ModelError(f"{place} has {what}. Put its .safetensors file there.")
+        for file in sorted(place.iterdir()):
+            if file.suffix.lower() in PICKLES:
+                raise pickle_refused(str(file), "model")
+        raise ModelError(f"{place} has no weights. Put its .safetensors file there.")
     for file in weights:
         if file.stat().st_size < 8:
             raise ModelError(f"{file} is empty or cut off. Copy it again.")

@@ -15,7 +15,7 @@ import torch
 
 from controlroom.backbones.base import Backbone, execution_device
 from controlroom.backbones.completeness import check_folder, check_keys
-from controlroom.backbones.model_files import PICKLES, explained, read_json
+from controlroom.backbones.model_files import PICKLES, explained, pickle_refused, read_json
 from controlroom.backbones.sd1 import StableDiffusion1
 from controlroom.backbones.sd2 import StableDiffusion2
 from controlroom.backbones.sdxl import StableDiffusionXL
@@ -49,10 +49,7 @@ def find_model(model: str | os.PathLike[str], what: str = "model") -> Path:
     if not isinstance(name, str) or not name or "\0" in name or len(name) > 4096:
         raise ModelError(f"{str(name)[:80]!r} does not name a {what}. Give a path, a hub id or a name of the theatre.")
     if name.lower().endswith(PICKLES):
-        raise ModelError(
-            f"{name!r} is a pickle, which can run code when it is opened. Use the .safetensors file of that {what}, or "
-            "convert it where you trust it."
-        )
+        raise pickle_refused(name, what)
     parts = name.split("/")
     if parts[0] == THEATRE and len(parts) > 1 and not Path(name).exists():
         place = theatre_folder().joinpath(*parts[1:])
@@ -214,10 +211,7 @@ def load_backbone(
     name = os.fspath(model)
     path = theatre_folder() if name == THEATRE else Path(name)
     if name.lower().endswith(PICKLES):
-        raise ModelError(
-            f"{name!r} is a pickle, which can run code when it is opened. Use the .safetensors file of that model, or "
-            "convert it where you trust it."
-        )
+        raise pickle_refused(name, "model")
     if name == THEATRE and not (path / "model_index.json").is_file():
         raise ModelError(f"The theatre's checkpoint is not in this installation ({path}). Reinstall the package.")
     if name.startswith(f"{THEATRE}/") and not path.exists():

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from controlroom.backbones.lora_dialects import kohya_parts, low_rank_parts, peft_config
 from controlroom.backbones.lora_layers import Applied, Factors, Full, Hadamard, Kronecker, LayerChange, LowRank
 from controlroom.backbones.lora_names import PARTS, TEXT, UNET, Layer, Names
 from controlroom.backbones.model_files import explained, read_json, read_safetensors
@@ -26,7 +26,7 @@ from controlroom.core.files import atomic_path
 
 Dialect = Literal["diffusers", "kohya"]
 
-_SLOTS = {
+SLOTS = {
     "lora_down.weight": "down",
     "lora_up.weight": "up",
     "lora_mid.weight": "core",
@@ -163,72 +163,56 @@ def save_lora(
     names: Names,
     dialect: Dialect = "diffusers",
     metadata: Mapping[str, str] | None = None,
+    words: Mapping[str, tuple[Tensor, ...]] | None = None,
 ) -> Path:
     """Write a file that diffusers (``load_lora_weights``), or kohya's tools, ComfyUI and A1111 read.
 
     Args:
         path: the ``.safetensors`` file.
-        layers: low-rank changes.
+        layers: changes; diffusers' files only hold those of low rank.
         names: those of the model.
         dialect: keys of ``diffusers`` (PEFT's factors, alpha in the metadata) or ``kohya`` (alpha beside the factors).
         metadata: more of it, text.
+        words: learned words that come along, which only kohya's files can hold.
 
     Raises:
-        ModelError: a change that is not of low rank, which diffusers' files cannot hold.
+        ModelError: a change that is not of low rank, for diffusers.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, dict[str, float]] = {}
     for layer, change in layers.items():
-        factors = change.factors
-        if not isinstance(factors, LowRank) or change.bias is not None:
-            raise ModelError(f"{'.'.join(layer)} has no low-rank change; only those can be written.")
-        down, up = factors.down.detach().cpu(), factors.up.detach().cpu()
-        alpha = float(factors.rank if factors.alpha is None else factors.alpha)
+        part, inner = layer
         if dialect == "kohya":
-            name = names.kohya(layer)
-            parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
-            if factors.core is not None:
-                parts["lora_mid.weight"] = factors.core.detach().cpu()
-            if change.magnitude is not None:
-                lengths = change.magnitude.detach().cpu()
-                parts["dora_scale"] = lengths.reshape(-1, 1) if lengths.ndim == 1 else lengths
+            name, parts = names.kohya(layer), kohya_parts(change)
         else:
-            if factors.core is not None:
-                raise ModelError(f"{'.'.join(layer)} has a core, which only kohya's files can hold. Use that dialect.")
-            part, inner = layer
             name = f"{part}.{inner}" if part == UNET else f"{part}.text_model.{inner}"
-            parts = {"lora_A.weight": down, "lora_B.weight": up}
-            if change.magnitude is not None:
-                parts["lora_magnitude_vector"] = change.magnitude.detach().cpu().flatten()
-            ranks.setdefault(part, {})[inner] = alpha
-        tensors |= {f"{name}.{end}": tensor.contiguous().clone() for end, tensor in parts.items()}
+            parts = low_rank_parts(layer, change)
+        tensors |= {f"{name}.{end}": value.detach().cpu().contiguous().clone() for end, value in parts.items()}
     about = {"format": "pt", **(metadata or {})}
     if dialect == "diffusers":
-        about["lora_adapter_metadata"] = json.dumps(_peft_config(layers, ranks), sort_keys=True)
+        found: dict[str, Any] = {}
+        for part in dict.fromkeys(part for part, _ in layers):
+            own = peft_config({path: change for (p, path), change in layers.items() if p == part})
+            found |= {f"{part}.{key}": value for key, value in own.items()}
+        about["lora_adapter_metadata"] = json.dumps(found, sort_keys=True)
     else:
+        tensors |= _bundled(words or {})
         about = {"ss_network_module": "networks.lora", **about}
     with atomic_path(path) as beside:
         save_file(tensors, str(beside), about)
     return path
 
 
-def _peft_config(layers: Mapping[Layer, LayerChange], alphas: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What diffusers builds PEFT's configuration of each part from."""
-    found: dict[str, Any] = {}
-    for part, by_path in alphas.items():
-        ranks = {path: change.factors.rank for (p, path), change in layers.items() if p == part and change.factors}
-        rank, alpha = next(iter(ranks.values())), next(iter(by_path.values()))
+def _bundled(words: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """Learned words under kohya's keys."""
+    found: dict[str, Tensor] = {}
+    for word, vectors in words.items():
+        ends = _ENCODERS[:1] if len(vectors) == 1 else _ENCODERS[1:]
         found |= {
-            f"{part}.r": rank,
-            f"{part}.lora_alpha": alpha,
-            f"{part}.rank_pattern": {path: r for path, r in ranks.items() if r != rank},
-            f"{part}.alpha_pattern": {path: a for path, a in by_path.items() if a != alpha},
-            f"{part}.target_modules": sorted(ranks),
-            f"{part}.use_dora": any(c.magnitude is not None for (p, _), c in layers.items() if p == part),
-            f"{part}.lora_bias": False,
+            f"bundle_emb.{word}.{end}": each.detach().cpu().contiguous().clone()
+            for end, each in zip(ends, vectors, strict=True)
         }
     return found
 
@@ -241,8 +225,8 @@ def _split(key: str) -> tuple[str, str | None]:
     parts = key.split(".")
     for length in (3, 2, 1):
         end = ".".join(parts[-length:])
-        if end in _SLOTS and len(parts) > length:
-            return ".".join(parts[:-length]), _SLOTS[end]
+        if end in SLOTS and len(parts) > length:
+            return ".".join(parts[:-length]), SLOTS[end]
     return key, None
 
 

@@ -17,8 +17,8 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 def pickle_refused(name: str, what: str) -> ModelError:
     """The one error for a pickle that was given where weights belong: what to do instead."""
     return ModelError(
-        f"{name!r} is a pickle, which can run code when it is opened, and is not opened here. Use the .safetensors file "
-        f"of that {what}, or make one: controlroom convert {shlex.quote(name)} -o "
+        f"{name!r} is a pickle, which can run code when it is opened, and is not opened here. Use the .safetensors "
+        f"file of that {what}, or make one: controlroom convert {shlex.quote(name)} -o "
         f"{shlex.quote(str(Path(name).with_suffix('.safetensors')))}"
     )
 

@@ -81,7 +81,10 @@ def check_config(folder: Path) -> None:
         names = [file.name for file in part.iterdir()] if part.is_dir() else []
         pickles = [name for name in names if name.endswith(PICKLES)]
         if pickles and not any(name.endswith(".safetensors") for name in names):
-            raise ModelError(f"{part} has only {pickles[0]}, a pickle, which is never opened. Take it out.")
+            raise ModelError(
+                f"{part} has only {pickles[0]}, a pickle, which is never opened. Take it out, or make a .safetensors "
+                "file of it with controlroom convert."
+            )
 
 
 def _repository(path: Path) -> str:
