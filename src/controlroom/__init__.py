@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from controlroom.controls.personal.textual_inversion import TextualInversion as TextualInversion
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.region import Region as Region
+    from controlroom.controls.regions.ms_diffusion import MSDiffusion as MSDiffusion
     from controlroom.controls.regions.multidiffusion import MultiDiffusion as MultiDiffusion
     from controlroom.controls.regions.regional_prompts import RegionalPrompts as RegionalPrompts
     from controlroom.controls.spatial.controlnet import ControlNet as ControlNet
@@ -139,6 +140,7 @@ _EXPORTS: dict[str, str] = {
     "LocalConditions": "controlroom.controls.spatial.uni_controlnet",
     "MasaCtrl": "controlroom.controls.editing.masactrl",
     "Move": "controlroom.controls.object_edits",
+    "MSDiffusion": "controlroom.controls.regions.ms_diffusion",
     "MultiDiffusion": "controlroom.controls.regions.multidiffusion",
     "PerpNeg": "controlroom.controls.guidance.perp_neg",
     "PerturbedAttentionGuidance": "controlroom.controls.guidance.perturbed_attention_guidance",

@@ -675,10 +675,11 @@ SYSTEMS: tuple[System, ...] = (
         does="Several subjects with boxes.",
         code=("controlroom.controls.regions.ms_diffusion:MSDiffusion",),
         recipe="controlroom.training.recipes.ms_diffusion:MSDiffusionRecipe",
-        backbones=SDXL,
+        backbones=SD,
         weights_licence=UNCHECKED,
+        status="working",
         neutral=SCALE_0,
-        proof="transcription of the published masked cross-attention in the test",
+        proof="transcription of the published resampler and masked cross-attention in the test",
     ),
     System(
         number=41,
@@ -1057,6 +1058,7 @@ CONTROL_TYPES: dict[str, str] = {
     "ip_adapter": "controlroom.controls.personal.ip_adapter:IPAdapter",
     "lora": "controlroom.controls.personal.lora:LoRA",
     "masactrl": "controlroom.controls.editing.masactrl:MasaCtrl",
+    "ms_diffusion": "controlroom.controls.regions.ms_diffusion:MSDiffusion",
     "multidiffusion": "controlroom.controls.regions.multidiffusion:MultiDiffusion",
     "perp_neg": "controlroom.controls.guidance.perp_neg:PerpNeg",
     "perturbed_attention_guidance": (

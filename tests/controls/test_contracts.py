@@ -32,6 +32,7 @@ from tests.controls.nets import (
     tiny_image_encoder,
     tiny_imagic,
     tiny_ip_adapter,
+    tiny_ms_diffusion,
     tiny_t2i_adapter,
     write_instant_id,
     write_uni_controlnet,
@@ -90,6 +91,13 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "image_encoder": str(folder / "image_encoder"),
     },
     "lora": lambda folder: {"model": str(folder / "lora.safetensors"), "scale": 0.8},
+    "ms_diffusion": lambda folder: {
+        "model": str(folder / "ms_diffusion.safetensors"),
+        "images": [picture(14), picture(15)],
+        "boxes": [(0.0, 0.1, 0.6, 0.9), (0.5, 0.3, 1.0, 1.0)],
+        "words": ["cat", "red hat"],
+        "image_encoder": str(folder / "image_encoder"),
+    },
     "multidiffusion": lambda folder: {"window": 4, "stride": 2},
     "perp_neg": lambda folder: {"negatives": ["a blue hat", "night"], "scale": [1.0, 0.5]},
     "perturbed_attention_guidance": lambda folder: {"layers": ["mid", "up_blocks.0"]},
@@ -130,6 +138,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "instant_id": {"scale": 0.0},
     "ip_adapter": {"scale": 0.0},
     "lora": {"scale": 0.0},
+    "ms_diffusion": {"scale": 0.0},
     "perp_neg": {"scale": 0.0},
     "perturbed_attention_guidance": {"scale": 0.0},
     "masactrl": {"start_step": 2},
@@ -177,6 +186,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "instant_id": ("model", "face_embeds", "keypoints", "controlnet", "scale", "identity_scale", "mask"),
     "ip_adapter": ("model", "image", "embeds", "scale", "mask"),
     "lora": ("model", "scale"),
+    "ms_diffusion": ("model", "images", "boxes", "words", "scale", "start", "end"),
     "multidiffusion": ("window", "stride", "circular", "regions"),
     "perp_neg": ("negatives", "scale", "start", "end"),
     "perturbed_attention_guidance": ("scale", "layers"),
@@ -232,6 +242,7 @@ class Stage:
         BACKBONES[kind](seed=9).unet.save_pretrained(folder / "writer")
         tiny_image_encoder().save_pretrained(folder / "image_encoder")
         save_file(tiny_ip_adapter(plain.unet), str(folder / "ip_adapter.safetensors"))
+        save_file(tiny_ms_diffusion(plain.unet), str(folder / "ms_diffusion.safetensors"))
         tiny_lora(folder / "lora.safetensors", BACKBONES[kind])
         save_file(tiny_word(plain), str(folder / "word.safetensors"))
         size = {"height": DRAW["height"], "width": DRAW["width"], "num_inference_steps": DRAW["num_inference_steps"]}

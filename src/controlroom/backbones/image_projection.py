@@ -85,25 +85,44 @@ class Resampler(ImageProjection):
 
     def __init__(self, reads: int, hidden: int, width: int, tokens: int, depth: int, inner: int, feed: int) -> None:
         super().__init__()
-        if inner > HEAD_WIDTH and inner % HEAD_WIDTH:
-            raise ModelError(f"The resampler's attention is {inner} wide, which is no multiple of {HEAD_WIDTH}.")
         self.reads, self.width = reads, width
         self.latents = nn.Parameter(torch.randn(1, tokens, hidden) / hidden**0.5)
         self.proj_in = nn.Linear(reads, hidden)
         self.proj_out = nn.Linear(hidden, width)
         self.norm_out = nn.LayerNorm(width)
-        blocks = [nn.ModuleList([_Reading(hidden, inner), _feed_forward(hidden, feed)]) for _ in range(depth)]
-        self.layers = nn.ModuleList(blocks)
+        self.layers = resampler_layers(hidden, depth, inner, feed)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Tokens of each picture."""
-        states = self.proj_in(features)
         tokens = self.latents.expand(features.shape[0], -1, -1)
-        for block in self.layers:
-            read, feed = block.children()
-            tokens = tokens + read(states, tokens)
-            tokens = tokens + feed(tokens)
-        return self.norm_out(self.proj_out(tokens))
+        return self.norm_out(self.proj_out(resampled(self.layers, self.proj_in(features), tokens)))
+
+
+def resampler_layers(hidden: int, depth: int, inner: int, feed: int) -> nn.ModuleList:
+    """Layers of a resampler, for `resampled`.
+
+    Args:
+        hidden: width of tokens and states.
+        depth: number of layers.
+        inner: width of the attention over all its heads.
+        feed: of the hidden layer of each feed-forward network.
+
+    Raises:
+        ModelError: ``inner`` cannot be cut into heads.
+    """
+    if inner > HEAD_WIDTH and inner % HEAD_WIDTH:
+        raise ModelError(f"The resampler's attention is {inner} wide, which is no multiple of {HEAD_WIDTH}.")
+    blocks = [nn.ModuleList([_Reading(hidden, inner), _feed_forward(hidden, feed)]) for _ in range(depth)]
+    return nn.ModuleList(blocks)
+
+
+def resampled(layers: nn.ModuleList, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens [n, tokens, hidden] after they have attended to states [n, length, hidden] in each layer."""
+    for block in layers:
+        read, feed = block.children()
+        tokens = tokens + read(states, tokens)
+        tokens = tokens + feed(tokens)
+    return tokens
 
 
 class _Reading(nn.Module):
