@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from controlroom.backbones.base import Backbone
-from controlroom.backbones.lora_names import PARTS, TEXT, TEXT_2, UNET, Names
+from controlroom.backbones.lora_names import PARTS, TEXT, TEXT_2, Names
 from controlroom.controls.source_pixels import natural_pixels, stretched
 from controlroom.core.branch import Condition
 from controlroom.core.control import Residuals
@@ -25,6 +25,8 @@ from controlroom.core.errors import InputError, ModelError
 from controlroom.sampling.pipeline import Pipeline
 
 PART_NAMES = (*PARTS, "vae")
+# Captions of a set; beyond that many (a few hundred megabytes for Stable Diffusion 1) they are encoded again.
+_KEPT_CONDITIONS = 2048
 
 
 class BaseModel:
@@ -59,6 +61,7 @@ class BaseModel:
                 raise ModelError(f"{pipe.model} has no {name}, which should be trained.")
         self.backbone: Backbone = replace(given, **parts, kept={})
         self.trains = frozenset(trains)
+        self._conditions: dict[tuple[str, tuple[int, int]], Condition] = {}
         self.model = pipe.model
         if self.device.type == "cpu":
             from diffusers.models.attention_processor import AttnProcessor
@@ -90,11 +93,11 @@ class BaseModel:
         """Every name of every layer of UNet and text encoders."""
         return Names(self.unet, self.backbone.text_encoder, self.backbone.text_encoder_2)
 
-    def trained(self) -> dict[str, nn.Module]:
+    def trained(self) -> dict[str, Any]:
         """Networks that move as a whole, by part."""
         return {name: getattr(self.backbone, name) for name in PART_NAMES if name in self.trains}
 
-    def frozen(self) -> dict[str, nn.Module]:
+    def frozen(self) -> dict[str, Any]:
         """Networks that do not."""
         found = {name: getattr(self.backbone, name) for name in PART_NAMES if name not in self.trains}
         return {name: module for name, module in found.items() if module is not None}
@@ -109,16 +112,26 @@ class BaseModel:
             size: height and width of the pictures in pixels (SDXL is told it); None: the model's own.
             grad: whether something before the text's states learns (an encoder, a word, a LoRA of the encoder).
         """
-        with nullcontext() if grad else torch.no_grad():
-            return self.backbone.encode_text(list(prompts), size=size or self.backbone.default_size)
+        size = size or self.backbone.default_size
+        if grad or not self.text_encoders().keys().isdisjoint(self.trains):
+            return self.backbone.encode_text(list(prompts), size=size)
+        return _joined([self._known(prompt, size) for prompt in prompts])
+
+    @torch.no_grad()
+    def _known(self, prompt: str, size: tuple[int, int]) -> Condition:
+        """One prompt's condition; frozen encoders say the same every time, so it is kept."""
+        key = (prompt, size)
+        if key not in self._conditions:
+            if len(self._conditions) >= _KEPT_CONDITIONS:
+                self._conditions.clear()
+            self._conditions[key] = self.backbone.encode_text([prompt], size=size)
+        return self._conditions[key]
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Condition, residuals: Residuals | None = None) -> Tensor:
         """What the network predicts of latents [B, C, h, w] at timesteps [B], in float32."""
         dtype = self.unet.dtype
-        told = replace(
-            condition.expand(len(noisy)),
-            tokens=condition.expand(len(noisy)).tokens.to(dtype),
-        )
+        told = condition.expand(len(noisy))
+        told = replace(told, tokens=told.tokens.to(dtype))
         return self.backbone.predict(noisy.to(dtype), t, told, residuals).float()
 
     @torch.no_grad()
@@ -136,6 +149,17 @@ class BaseModel:
         rows = torch.cat(pixels).to(self.device, self.vae.dtype)
         found = [self.backbone.encode_picture(rows[i : i + 16]).float() for i in range(0, len(rows), 16)]
         return torch.cat(found)
+
+
+def _joined(conditions: Sequence[Condition]) -> Condition:
+    """One row each."""
+
+    def rows(name: str) -> Tensor | None:
+        parts = [getattr(condition, name) for condition in conditions]
+        return None if parts[0] is None else torch.cat(parts)
+
+    tokens = torch.cat([condition.tokens for condition in conditions])
+    return Condition(tokens, rows("mask"), rows("pooled"), rows("time_ids"))
 
 
 def _copied(module: Any, trains: bool) -> Any:
@@ -160,6 +184,3 @@ def as_pipeline(pipe: Pipeline, base: BaseModel) -> Iterator[Pipeline]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-__all__ = ["PART_NAMES", "TEXT", "TEXT_2", "UNET", "BaseModel", "as_pipeline"]

@@ -1,0 +1,58 @@
+"""What every recipe's settings share, so that one command trains any of them from a file."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
+from controlroom.core.control import describe
+from controlroom.core.errors import InputError
+from controlroom.training.objective import ObjectiveSettings
+
+if TYPE_CHECKING:
+    from controlroom.data.pictures import Picture
+    from controlroom.sampling.pipeline import Pipeline
+    from controlroom.training.recipe import Recipe
+
+
+class RecipeSettings(BaseModel):
+    """Settings of a recipe; `build` makes the recipe for a model and pictures.
+
+    Raises:
+        InputError: an unknown or ill-typed setting.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    loop: ClassVar[Mapping[str, Any]] = {}
+    """Fields of `TrainSettings` that differ from its defaults: the method's published numbers."""
+
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    """Side, or height and width, in pixels; None: what the model was trained at."""
+    objective: ObjectiveSettings = ObjectiveSettings()
+    """Prediction, weights, noise offset, timesteps."""
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise InputError(describe(type(self).__name__, error)) from error
+
+    @property
+    def hw(self) -> tuple[int, int] | None:
+        """Height and width."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @abstractmethod
+    def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> Recipe[Any]:
+        """The recipe for a model.
+
+        Args:
+            pipe: the model; only read.
+            pictures: what is learned from.
+            folder: where the run writes; jobs that come before it (pictures of the class) may write there.
+        """

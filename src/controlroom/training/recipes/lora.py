@@ -1,0 +1,137 @@
+"""LoRA (Hu et al., arXiv 2106.09685) on pictures with captions: a person, a thing or a style as a small file.
+
+Low-rank layers beside the attention of the frozen UNet, and of the text encoders where asked, learn to denoise the
+pictures from their captions. Deviation from the trainers people use: nothing is shuffled or cropped at random unless a
+setting says so, and the file always says its alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from controlroom.backbones.lora_files import load_lora, save_lora
+from controlroom.backbones.lora_names import PARTS, UNET
+from controlroom.data.pictures import Picture
+from controlroom.sampling.pipeline import Pipeline
+from controlroom.training.base_model import BaseModel
+from controlroom.training.low_rank import ATTENTION, LowRankLayers, layers_ending
+from controlroom.training.objective import Objective
+from controlroom.training.prior import subject_loss
+from controlroom.training.randomness import StepRandom
+from controlroom.training.recipe import Losses
+from controlroom.training.recipe_settings import RecipeSettings
+from controlroom.training.shown import Shown, ShownBatch
+
+FILE = "lora.safetensors"
+
+
+class LoRASettings(RecipeSettings):
+    """How a LoRA is trained."""
+
+    loop: ClassVar[dict[str, Any]] = {"total_steps": 1500, "batch_size": 1, "learning_rate": 1e-4}
+
+    prompt: str | None = None
+    """Words for pictures without a caption."""
+    rank: PositiveInt = 16
+    alpha: PositiveFloat | None = None
+    """Strength is alpha / rank; None: the rank."""
+    dora: bool = False
+    """Also learn the length of each output's weights (arXiv 2402.09353)."""
+    layers: tuple[str, ...] = ATTENTION
+    """Ends of the paths of layers that learn."""
+    text_encoders: bool = False
+    """Whether the text encoders learn as well."""
+    without_words: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of samples without words, so that guidance keeps its meaning in long trainings; 0.1."""
+    flip: bool = False
+    """Also show each picture mirrored."""
+    file_format: Literal["diffusers", "kohya"] = "diffusers"
+
+    def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> LoRARecipe:
+        base = BaseModel(pipe)
+        shown = Shown(base, pictures, self.prompt, size=self.hw, flip=self.flip)
+        return LoRARecipe(base, shown, self)
+
+
+class LoRARecipe:
+    """Recipe: low-rank layers on pictures with captions.
+
+    Args:
+        base: the model, all of it frozen.
+        shown: the pictures.
+        settings: see `LoRASettings`.
+        beside: pictures of the class, shown beside those of the subject; None: none.
+        class_weight: how much errors on the class count.
+
+    Exported is ``lora.safetensors``.
+    """
+
+    name = "lora"
+
+    def __init__(
+        self,
+        base: BaseModel,
+        shown: Shown,
+        settings: LoRASettings,
+        beside: Shown | None = None,
+        class_weight: float = 1.0,
+    ) -> None:
+        self.base, self.shown, self.settings = base, shown, settings
+        self.beside, self.class_weight = beside, class_weight
+        self.dataset_size: int | None = len(shown)
+        names = base.names()
+        parts = PARTS if settings.text_encoders else (UNET,)
+        chosen = layers_ending(names, settings.layers, parts)
+        self.adapter = LowRankLayers(names, chosen, settings.rank, settings.alpha, settings.dora)
+        self.objective = Objective(base.backbone.scheduler, settings.objective)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"lora": self.adapter}
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return self.base.frozen()
+
+    def fingerprint(self) -> str:
+        beside = "" if self.beside is None else f" beside {self.beside.fingerprint()} {self.class_weight}"
+        return f"{self.shown.fingerprint()}{beside} {self.settings.model_dump_json()}"
+
+    def names(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """Names of pictures, for messages."""
+        return self.shown.batch(indices).names
+
+    def batch(self, indices: Sequence[int], step: int) -> tuple[ShownBatch, ShownBatch | None]:
+        return self.shown.batch(indices), None if self.beside is None else self.beside.beside(step, len(indices))
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within the block, the model draws with what was learned."""
+        with self.adapter.attached():
+            yield
+
+    def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What the adapted network predicts."""
+        with self.attached():
+            condition = self.base.condition(prompts, self.shown.size, grad=self.settings.text_encoders)
+            return self.base.predict(noisy, t, condition)
+
+    def loss(self, batch: tuple[ShownBatch, ShownBatch | None], step: int, rng: StepRandom) -> Losses:
+        subject, beside = batch
+        if self.settings.without_words:
+            left_out = rng.uniform("words") < self.settings.without_words
+            prompts = tuple("" if out else text for text, out in zip(subject.prompts, left_out.tolist(), strict=True))
+            subject = ShownBatch(subject.latents, prompts, subject.mask, subject.names)
+        return subject_loss(self.objective, self.predict, subject, beside, rng, self.class_weight)
+
+    def export(self, folder: Path) -> None:
+        about = {"ss_base_model": self.base.model, "prompt": self.settings.prompt or ""}
+        names = self.base.names()
+        save_lora(folder / FILE, self.adapter.changes(), names, self.settings.file_format, about)
+
+    def load(self, folder: Path) -> None:
+        self.adapter.load(load_lora(folder / FILE, self.base.names()).layers)
