@@ -3,12 +3,14 @@
 A word is one or several vectors in the place of a token's embedding, one set for each text encoder. Read: diffusers'
 ``{token: [n, d]}``, kohya's ``emb_params``, Stable Diffusion XL's ``clip_l`` and ``clip_g``, and A1111's
 ``string_to_param`` where it is no pickle. A word of several vectors is ``<cat>``, ``<cat>_1``, ... as in diffusers.
+Written: diffusers' form, and for two text encoders Stable Diffusion XL's.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlroom.backbones.model_files import read_safetensors
+from controlroom.backbones.model_files import read_metadata, read_safetensors
 from controlroom.core.backbone import Backbone
 from controlroom.core.errors import InputError, ModelError
+from controlroom.core.files import atomic_path
+
+_NAME = "learned_word"
+"""Metadata of our files whose keys do not say the word."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,41 @@ def load_words(path: Path, word: str | None = None) -> list[LearnedWord]:
     Raises:
         ModelError: broken, or nothing that is a word.
     """
-    return words_from_tensors(read_safetensors(path), word, path.stem, str(path))
+    return words_from_tensors(read_safetensors(path), word, read_metadata(path).get(_NAME, path.stem), str(path))
+
+
+def save_learned_words(
+    path: str | os.PathLike[str], words: Sequence[LearnedWord], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write words in the form that diffusers' ``load_textual_inversion``, kohya's tools and A1111 read.
+
+    Vectors of one text encoder are ``{word: [n, d]}``; those of two are ``clip_l`` and ``clip_g``, as files for Stable
+    Diffusion XL have them, and the word stands in the metadata.
+
+    Args:
+        path: the ``.safetensors`` file.
+        words: one word, or several for a model with one text encoder.
+        metadata: more of it, text.
+
+    Raises:
+        InputError: no word, one that cannot stand in a prompt, or several for two text encoders.
+    """
+    from safetensors.torch import save_file
+
+    for word in words:
+        check_word(word.word)
+    if not words or (len(words) > 1 and any(len(word.vectors) != 1 for word in words)):
+        raise InputError(f"A file holds one word for two text encoders, or several for one; got {len(words)}.")
+    about = {"format": "pt", **(metadata or {})}
+    if len(words[0].vectors) == 1:
+        tensors = {word.word: word.vectors[0] for word in words}
+    else:
+        tensors = dict(zip(("clip_l", "clip_g"), words[0].vectors, strict=True))
+        about[_NAME] = words[0].word
+    stored = {key: vectors.detach().cpu().contiguous().clone() for key, vectors in tensors.items()}
+    with atomic_path(path) as beside:
+        save_file(stored, str(beside), about)
+    return Path(path)
 
 
 def words_from_tensors(
