@@ -2,9 +2,9 @@
 
 The maximum or the average of their features makes one picture of them. Self-attention (one head, without a residual)
 lets the features of nine pictures look at each other and hands on nine, which the projection makes into nine times its
-tokens; it is trained by leaving a tenth picture out and drawing it. It starts near the average: every picture sees all of
-them nearly alike. Variants: a residual (starts as the pictures themselves), several heads, and one group of tokens from
-the mean of what the pictures became.
+tokens; it is trained by leaving a tenth picture out and drawing it. It starts near the average: every picture sees all
+nearly alike. Variants: a residual (starts as the pictures themselves), several heads, and one group of tokens from the
+mean of what the pictures became.
 
 A file has the attention as ``aggregator.to_{q,k,v}.weight`` (``to_out`` with several heads) beside ``image_proj.*`` and
 ``ip_adapter.*``, and its settings, without which the weights mean nothing, as JSON in the metadata ``aggregator``.
@@ -162,8 +162,8 @@ def attention_from(tensors: Mapping[str, Tensor], settings: AggregatorSettings |
         return None
     if settings is None or not asked:
         raise ModelError(
-            f"{name} has {len(tensors)} weights of an aggregator, but its metadata does not say how they are used: they "
-            "cannot be left out. Give the file as training saved it, or an IPAdapterModel."
+            f"{name} has {len(tensors)} weights of an aggregator; its metadata does not say how they are used, and they"
+            " cannot be left out. Give the file as training saved it, or an IPAdapterModel."
         )
     value = tensors.get("to_v.weight")
     if value is None or value.ndim != 2:

@@ -43,8 +43,9 @@ class _Prompted:
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **named: Any
     ) -> Tensor:
         words = (attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
-        picture = self.adapter.keys_and_values(self.number, self.tokens)
+        k, v = self.adapter.keys_and_values(self.number, self.tokens)
         q = _heads(attn.to_q(hidden_states), attn.heads)
+        picture = (k.to(q.dtype), v.to(q.dtype))  # an adapter that learns is in float32, whatever the network is in
         out = None
         for k, v in (words, picture):
             k, v = _heads(k, attn.heads), _heads(v, attn.heads)

@@ -3,7 +3,8 @@
 A file holds ``image_proj.*`` and ``ip_adapter.N.to_{k,v}_ip.weight``; N counts the UNet's attention processors in
 diffusers' order (down, up, mid), where cross-attention has the odd numbers. FaceID files also hold
 ``ip_adapter.N.to_{q,k,v,out}_lora.{down,up}.weight`` for every N; those that read several pictures by attention
-``aggregator.*`` and how to use it, in the metadata. `IPAdapterModel` is named so that its state dictionary *is* the file.
+``aggregator.*`` and how to use it, in the metadata. `IPAdapterModel` is named so that its state dictionary *is* the
+file.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class IPAdapterModel(nn.Module):
         Raises:
             ModelError: the tokens are not as wide as the text's.
         """
-        parts: dict[str, dict[str, nn.Module]] = {}
+        layers: dict[str, nn.Module] = {}
         modules = dict(unet.named_modules())
         for name, number in layer_numbers(unet).items():
             k, v = modules[name].to_k.weight, modules[name].to_v.weight
@@ -85,15 +86,28 @@ class IPAdapterModel(nn.Module):
                 raise ModelError(f"The tokens are {image_proj.width} wide, this model's text {k.shape[1]}.")
             layer = nn.ModuleDict({"to_k_ip": _linear(k.shape), "to_v_ip": _linear(v.shape)})
             layer.load_state_dict({"to_k_ip.weight": k.detach(), "to_v_ip.weight": v.detach()})
-            parts[str(number)] = dict(layer.items())
+            layers[str(number)] = layer
+        found = cls(image_proj, layers)
         if rank is not None:
-            generator = torch.Generator().manual_seed(seed)
-            for number in range(len(_layers(unet))):
-                found = parts.setdefault(str(number), {})
-                for part in ("to_q", "to_k", "to_v", "to_out"):
-                    found |= _low_rank_layers(_adapted(unet, number, part), f"{part}_lora", rank, generator)
-        ordered = sorted(parts.items(), key=lambda item: int(item[0]))
-        return cls(image_proj, {number: _tree(layers) for number, layers in ordered})
+            found.add_low_rank(unet, rank, seed)
+        return found
+
+    def add_low_rank(self, unet: Any, rank: int, seed: int = 0) -> None:
+        """Changes to the projections of every attention layer, as FaceID has them; they start at nothing.
+
+        Args:
+            unet: whose layers they belong to.
+            rank: of each change, at most what the layer allows.
+            seed: of the first values.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for number in range(len(_layers(unet))):
+            key = str(number)
+            if key not in self.ip_adapter:
+                self.ip_adapter[key] = nn.ModuleDict()
+            layer: Any = self.ip_adapter[key]
+            for part in ("to_q", "to_k", "to_v", "to_out"):
+                layer[f"{part}_lora"] = _low_rank_pair(_adapted(unet, number, part), rank, generator)
 
     def tokens(self, features: torch.Tensor, how: Aggregate | None = None) -> torch.Tensor:
         """Features of a prompt's pictures [rows, pictures, …] -> tokens [rows, groups, length, width].
@@ -296,7 +310,8 @@ def adapted_attention(model: IPAdapterModel, unet: Any) -> Iterator[None]:
 
 def _low_rank(pair: Any) -> Any:
     def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + pair["up"](pair["down"](inputs[0]))
+        changed = pair["up"](pair["down"](inputs[0].to(pair["down"].weight.dtype)))
+        return output + changed.to(output.dtype)
 
     return hook
 
@@ -325,7 +340,7 @@ def flat_tensors(tensors: Mapping[str, Any], what: str) -> dict[str, torch.Tenso
     return found
 
 
-def _low_rank_layers(linear: Any, name: str, rank: int, generator: torch.Generator) -> dict[str, nn.Module]:
+def _low_rank_pair(linear: Any, rank: int, generator: torch.Generator) -> nn.ModuleDict:
     """``down``, drawn with deviation 1 / rank, and ``up``, which is zero."""
     into, out = linear.in_features, linear.out_features
     inner = min(rank, into, out)
@@ -333,7 +348,7 @@ def _low_rank_layers(linear: Any, name: str, rank: int, generator: torch.Generat
     with torch.no_grad():
         down.weight.copy_(torch.randn(inner, into, generator=generator) / inner)
         up.weight.zero_()
-    return {f"{name}.down": down, f"{name}.up": up}
+    return nn.ModuleDict({"down": down, "up": up})
 
 
 def _linear(shape: Any) -> nn.Linear:

@@ -233,7 +233,7 @@ def test_nothing_of_an_aggregator_is_left_out(pipe: Pipeline, encoder: Any, tmp_
         (good, AggregatorSettings(aggregate="max").to_metadata(), "cannot be left out"),
         (good, {"aggregator": "{}x"}, "cannot be read"),
         (good, {"aggregator": json.dumps({"aggregate": "attention", "new": 1})}, "cannot be read"),
-        (bare, said, "lacks aggregator"),
+        (bare, said, "is missing"),
         ({**good, "aggregator.to_out.weight": torch.eye(24)}, said, "nothing reads"),
         ({**good, "aggregator.to_q.weight": torch.eye(23)}, said, "the rest of it asks"),
         ({**bare, "aggregator.to_q.weight": torch.eye(24)}, said, "lacks aggregator.to_v"),
