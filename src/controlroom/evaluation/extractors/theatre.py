@@ -19,8 +19,8 @@ from controlroom.signals.readers import AttributeReader
 _HALF = (0.5, 0.5, 0.5)
 
 
-def _signed(images: Tensor, size: int) -> Tensor:
-    """[0, 1] -> what the readers read, [-1, 1] in their size."""
+def signed(images: Tensor, size: int) -> Tensor:
+    """Pixels in [0, 1] -> what the readers read: in [-1, 1], of their size."""
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     return images * 2 - 1
@@ -36,13 +36,13 @@ class TheatreFeatures:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Means of the two deepest stages: what is there, whatever its place."""
-        return torch.cat([m.mean(dim=(2, 3)) for m in self.reader.features(_signed(images, self.reader.size))[-2:]], 1)
+        return torch.cat([m.mean(dim=(2, 3)) for m in self.reader.features(signed(images, self.reader.size))[-2:]], 1)
 
     @torch.no_grad()
     def distance(self, first: Tensor, second: Tensor) -> Tensor:
         """`perceptual_distance` over all stages, in [0, 4]."""
         size = self.reader.size
-        return perceptual_distance(_signed(first, size), _signed(second, size), self.reader.features)
+        return perceptual_distance(signed(first, size), signed(second, size), self.reader.features)
 
 
 class TheatreIdentity:
@@ -59,7 +59,7 @@ class TheatreIdentity:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """[B, answers], of length one."""
-        logits = self.reader(_signed(images, self.reader.size))
+        logits = self.reader(signed(images, self.reader.size))
         parts = [F.normalize(logits[question].softmax(dim=1), dim=1) for question in IDENTITY]
         return torch.cat(parts, dim=1) / len(IDENTITY) ** 0.5
 

@@ -73,6 +73,8 @@ SUITES: dict[str, Entry] = {
     "captions": Entry("what pictures show of what their captions say", 500, f"{_HERE}.captions"),
     "two_objects": Entry("whether both objects of a caption are there", 250, f"{_HERE}.captions", "build_two_objects"),
     "signals": Entry("what the dense reader finds in true pictures", 500, f"{_HERE}.signals"),
+    "people": Entry("one person from nine pictures, by maximum, average and self-attention", 300, f"{_HERE}.people"),
+    "people_numbers": Entry("one person from 1, 2, 4 and 9 pictures", 200, f"{_HERE}.people", "build_numbers"),
     "retarget": Entry("one puppet in the pose of another picture", 300, f"{_HERE}.retarget"),
 }
 
