@@ -16,17 +16,21 @@ from typing import Annotated
 import typer
 
 from controlroom.app.commands.controls import controls
+from controlroom.app.commands.convert import convert
 from controlroom.app.commands.direction import direction
 from controlroom.app.commands.edit import edit
 from controlroom.app.commands.evaluate import evaluate
 from controlroom.app.commands.explain import explain
 from controlroom.app.commands.generate import generate
+from controlroom.app.commands.inspect import inspect
 from controlroom.app.commands.look import look
+from controlroom.app.commands.personalise import personalise
 from controlroom.app.commands.plan import plan
 from controlroom.app.commands.replay import replay
 from controlroom.app.commands.retarget import retarget
 from controlroom.app.commands.signal import signal
 from controlroom.app.commands.stylise import stylise
+from controlroom.app.commands.train import train
 from controlroom.core.errors import ControlRoomError
 
 app = typer.Typer(
@@ -37,7 +41,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, edit, retarget, stylise, look, evaluate, direction, plan, explain, replay, signal, controls):
+for _command in (
+    generate,
+    edit,
+    retarget,
+    stylise,
+    look,
+    personalise,
+    train,
+    evaluate,
+    direction,
+    plan,
+    explain,
+    replay,
+    signal,
+    controls,
+    inspect,
+    convert,
+):
     app.command()(_command)
 
 

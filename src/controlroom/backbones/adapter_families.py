@@ -393,13 +393,13 @@ FAMILIES = (
         "lora",
         rf"bundle_emb\.|.*({_SLOT}|{_OLD})$",
         {
-            "of learned words": r"bundle_emb\.(.+?)\.(string_to_param\.\*|clip_l|clip_g)",
-            "of the second text encoder": rf"(lora_te2_|te2\.|text_encoder_2\.|text_encoders\.clip_g\.).+{_SLOT}",
+            "of the UNet": rf"(lora_unet_|unet\.|diffusion_model\.|{_PEFT}(unet\.)?{_UNET_PATH}).*({_SLOT}|{_OLD})",
             "of the text encoder": (
                 rf"({_PEFT}{_TEXT_PATH}|lora_te1?_|te1\.|text_encoder\.|text_encoders\.clip_l\.).*{_SLOT}"
             ),
-            "of the UNet": rf"(lora_unet_|unet\.|diffusion_model\.|{_PEFT}(unet\.)?{_UNET_PATH}).*({_SLOT}|{_OLD})",
+            "of the second text encoder": rf"(lora_te2_|te2\.|text_encoder_2\.|text_encoders\.clip_g\.).+{_SLOT}",
             "of a transformer": rf"(lora_transformer_|transformer\.).*{_SLOT}",
+            "of learned words": r"bundle_emb\.(.+?)\.(string_to_param\.\*|clip_l|clip_g)",
         },
         _lora,
     ),

@@ -11,6 +11,7 @@ A ControlNet for several kinds of condition reads eleven channels: the picture, 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,30 @@ def load_controlnet(path: Path, unet: Any) -> Any:
         )
         check_keys(net, folder)
     else:
-        net = _from_file(path, unet)
+        net = controlnet_from_tensors(read_safetensors(path), unet, str(path))
     check_controlnet(net, unet, str(path))
     return net.to(device=unet.device, dtype=unet.dtype).eval().requires_grad_(False)
 
 
-def _from_file(path: Path, unet: Any) -> Any:
+def controlnet_from_tensors(stored: Mapping[str, torch.Tensor], unet: Any, path: str) -> Any:
+    """A `diffusers.ControlNetModel` out of a file's tensors, with diffusers' or the original keys, on the CPU.
+
+    Args:
+        stored: the file's tensors.
+        unet: whose encoder it is a copy of; only its configuration counts.
+        path: the file, for messages.
+
+    Raises:
+        ModelError: not a ControlNet, keys missing or left over, or made for another base model.
+    """
     import diffusers
     from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 
-    stored = read_safetensors(path)
     widths = _hint_widths(stored)
     if not widths:
         raise ModelError(f"{path} is not a ControlNet: it has no layers that embed a condition. Give another file.")
     words = next((v.shape[1] for key, v in stored.items() if key.endswith("attn2.to_k.weight")), None)
-    _check_words(words, unet, str(path))
+    _check_words(words, unet, path)
     net: Any = diffusers.ControlNetModel.from_unet(
         unet,
         conditioning_embedding_out_channels=widths,
@@ -82,7 +92,7 @@ def _from_file(path: Path, unet: Any) -> Any:
     latents = _channels(stored, ("conv_in", "input_blocks.0.0"), int(unet.config.out_channels))
     if latents != net.config.in_channels:
         net = diffusers.ControlNetModel.from_config({**net.config, "in_channels": latents})
-    converted = explained(str(path), lambda: convert_controlnet_checkpoint(dict(stored), net.config))
+    converted = explained(path, lambda: convert_controlnet_checkpoint(dict(stored), net.config))
     for key, value in stored.items():
         head, _, tail = key.removeprefix("control_model.").rpartition(".")
         if head in _LABELS:
@@ -109,7 +119,7 @@ def with_kind(pixels: torch.Tensor, kind: str) -> torch.Tensor:
     return torch.cat([pixels, planes], dim=-3)
 
 
-def _channels(stored: dict[str, torch.Tensor], layers: tuple[str, ...], default: int) -> int:
+def _channels(stored: Mapping[str, torch.Tensor], layers: tuple[str, ...], default: int) -> int:
     """Input channels of a layer that is stored under one of these names."""
     for layer in layers:
         for prefix in ("", "control_model."):
@@ -118,7 +128,7 @@ def _channels(stored: dict[str, torch.Tensor], layers: tuple[str, ...], default:
     return default
 
 
-def _hint_widths(stored: dict[str, torch.Tensor]) -> tuple[int, ...]:
+def _hint_widths(stored: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
     """Widths of the condition's embedding: its first layer, then the layers that halve the picture."""
     layers: dict[int, int] = {}
     for key, value in stored.items():

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from controlroom.backbones.lora_layers import Full, Hadamard, Kronecker, LayerChange, LowRank
-from controlroom.backbones.lora_names import PARTS, UNET, Layer
+from controlroom.backbones.lora_names import PARTS, TEXT, TEXT_2, UNET, Layer
 from controlroom.core.errors import ModelError
 from controlroom.core.files import atomic_path, write_text_atomically
+
+SECOND_TEXT = "CLIPTextModelWithProjection"
+_CLASSES = {UNET: "UNet2DConditionModel", TEXT: "CLIPTextModel", TEXT_2: SECOND_TEXT}
+_LIBRARIES = {UNET: "diffusers.models.unets.unet_2d_condition"}
 
 
 def kohya_parts(change: LayerChange) -> dict[str, Tensor]:
@@ -124,7 +128,15 @@ def save_peft(folder: str | os.PathLike[str], layers: Mapping[Layer, LayerChange
         place = written[part] = folder if part == UNET or len(parts) == 1 else folder / part
         place.mkdir(parents=True, exist_ok=True)
         own = {(p if part == UNET else f"text_model.{p}"): change for (q, p), change in layers.items() if q == part}
-        config = {"peft_type": "LORA", "inference_mode": True, "bias": "none", **peft_config(own)}
+        library = _LIBRARIES.get(part, "transformers.models.clip.modeling_clip")
+        config = {
+            "peft_type": "LORA",
+            "inference_mode": True,
+            "bias": "none",
+            # Which network it is: both text encoders have the same paths.
+            "auto_mapping": {"base_model_class": _CLASSES[part], "parent_library": library},
+            **peft_config(own),
+        }
         write_text_atomically(place / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         with atomic_path(place / "adapter_model.safetensors") as beside:
             save_file(tensors[part], str(beside), {"format": "pt"})

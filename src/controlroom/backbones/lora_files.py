@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from controlroom.backbones.lora_dialects import kohya_parts, low_rank_parts, peft_config
+from controlroom.backbones.lora_dialects import SECOND_TEXT, kohya_parts, low_rank_parts, peft_config
 from controlroom.backbones.lora_layers import Applied, Factors, Full, Hadamard, Kronecker, LayerChange, LowRank
-from controlroom.backbones.lora_names import PARTS, TEXT, UNET, Layer, Names
-from controlroom.backbones.model_files import explained, read_json, read_safetensors
+from controlroom.backbones.lora_names import PARTS, TEXT, TEXT_2, UNET, Layer, Names
+from controlroom.backbones.model_files import explained, read_json, read_metadata, read_safetensors
 from controlroom.core.errors import ModelError
 from controlroom.core.files import atomic_path
 
@@ -49,6 +49,7 @@ SLOTS = {
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
 """End of a key -> what it holds."""
+_PEFT = "base_model.model."
 _OLD = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
 _WORD = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\.\*|clip_l|clip_g)")
 _ENCODERS = ("string_to_param.*", "clip_l", "clip_g")
@@ -89,19 +90,32 @@ def load_lora(path: Path, names: Names) -> LoRAFile:
     Raises:
         ModelError: broken, of another kind, a key that nothing reads, or made for another model.
     """
-    config: dict[str, Any] = {}
-    file = path
-    if path.is_dir():
-        known = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-        found = [path / name for name in known if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            raise ModelError(f"{path} holds {len(found)} .safetensors files; name the one of the LoRA.")
-        file = found[0]
-        if (path / "adapter_config.json").is_file():
-            # PEFT keeps one network in a folder, and does not say which.
-            about = read_json(path / "adapter_config.json")
-            config = {f"{part}.{key}": value for part in PARTS for key, value in about.items()}
-    return lora_from_tensors(read_safetensors(file), names, str(file), config or _metadata(file))
+    file, config = lora_source(path)
+    return lora_from_tensors(read_safetensors(file), names, str(file), config or None, read_metadata(file))
+
+
+def lora_source(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a LoRA, which may lie in a folder, and PEFT's configuration by part where it is beside it.
+
+    Raises:
+        ModelError: the folder has no such file, or several.
+    """
+    if not path.is_dir():
+        return path, peft_beside(path)
+    known = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+    found = [path / name for name in known if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise ModelError(f"{path} holds {len(found)} .safetensors files; name the one of the LoRA.")
+    return found[0], peft_beside(found[0])
+
+
+def peft_beside(file: Path) -> dict[str, Any]:
+    """PEFT's configuration beside its file, by part; empty where there is none."""
+    config = file.with_name("adapter_config.json")
+    if not file.name.startswith("adapter_model.") or not config.is_file():
+        return {}
+    # PEFT keeps one network in a folder, and does not say which.
+    return {f"{part}.{key}": value for part in PARTS for key, value in read_json(config).items()}
 
 
 def lora_from_tensors(
@@ -109,6 +123,7 @@ def lora_from_tensors(
     names: Names,
     what: str = "the LoRA",
     config: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> LoRAFile:
     """The LoRA in a mapping with the keys of a file.
 
@@ -116,22 +131,26 @@ def lora_from_tensors(
         tensors: any dialect.
         names: those of the model that it is for.
         what: it is, for messages.
-        config: PEFT's configuration, its keys after ``unet.`` or ``text_encoder.``; diffusers keeps it in the metadata.
+        config: PEFT's configuration, its keys after ``unet.`` or ``text_encoder.``; None: what the metadata says.
+        metadata: of the file, where diffusers keeps it.
 
     Raises:
         ModelError: as `load_lora`.
     """
-    config = config or {}
+    config = config or _config_in(metadata or {}, what)
     found: dict[Layer, dict[str, Tensor]] = {}
     words: dict[str, dict[str, Tensor]] = {}
     unread: list[str] = []
+    second = _of_second_text(tensors, names, config)
     for key, value in sorted(tensors.items()):
         word = _WORD.fullmatch(key)
         if word:
             words.setdefault(word[1], {})[word[2]] = value
             continue
         name, slot = _split(key)
-        layer = None if slot is None else names.find(name.removeprefix("base_model.model."))
+        layer = None if slot is None else names.find(name.removeprefix(_PEFT))
+        if second and layer is not None and layer[0] == TEXT and key.startswith(_PEFT):
+            layer = (TEXT_2, layer[1])
         if layer is None or slot is None:
             unread.append(key)
         else:
@@ -217,6 +236,24 @@ def _bundled(words: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
     return found
 
 
+def _of_second_text(tensors: Mapping[str, Tensor], names: Names, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT's file is that of the second text encoder, whose paths are those of the first.
+
+    PEFT writes the class of its network where it knows it; else widths tell.
+    """
+    kind = (config.get(f"{TEXT}.auto_mapping") or {}).get("base_model_class")
+    if kind is not None or not names.two:
+        return names.two and kind == SECOND_TEXT
+    for key, value in tensors.items():
+        name, slot = _split(key)
+        if key.startswith(_PEFT) and slot == "down" and value.ndim == 2:
+            layer = names.find(name.removeprefix(_PEFT))
+            if layer is not None and layer[0] == TEXT:
+                first, other = names.layers[layer], names.layers.get((TEXT_2, layer[1]))
+                return value.shape[1] != first.weight.shape[1] and other is not None
+    return False
+
+
 def _split(key: str) -> tuple[str, str | None]:
     """Name of the layer, and what the key holds of it (None: unknown)."""
     old = _OLD.fullmatch(key)
@@ -277,17 +314,10 @@ def _change(slots: Mapping[str, Tensor], alpha: float | None, whole: int) -> Lay
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
-def _metadata(file: Path) -> dict[str, Any]:
-    """diffusers' configuration, out of the file's metadata."""
-    from safetensors import safe_open
-
-    def read() -> dict[str, Any]:
-        with safe_open(str(file), framework="pt") as content:
-            about = content.metadata() or {}
-        config = json.loads(about.get("lora_adapter_metadata", "{}"))
-        return config if isinstance(config, dict) else {}
-
-    return explained(str(file), read)
+def _config_in(metadata: Mapping[str, str], what: str) -> dict[str, Any]:
+    """diffusers' configuration, out of a file's metadata."""
+    config = explained(what, lambda: json.loads(metadata.get("lora_adapter_metadata", "{}")))
+    return config if isinstance(config, dict) else {}
 
 
 def _unread(unread: list[str], total: int, tensors: Mapping[str, Tensor], names: Names, what: str) -> str:

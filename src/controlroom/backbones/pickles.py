@@ -33,14 +33,14 @@ class Unpickled:
         tensors: by their full names; what was nested is joined with dots.
         plain: texts and numbers beside them.
         left: names of what is neither, and of what trainers keep (states of optimisers); left out.
-        network: whether the process had no network at all; False: the system did not allow that, and sockets were
+        isolated: whether the process had no network at all; False: the system did not allow that, and sockets were
             refused.
     """
 
     tensors: dict[str, torch.Tensor]
     plain: dict[str, Any] = field(default_factory=dict)
     left: tuple[str, ...] = ()
-    network: bool = True
+    isolated: bool = True
 
 
 def open_pickle(path: Path, seconds: int = 600) -> Unpickled:
