@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
+import tempfile
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from controlroom.core.errors import InputError
@@ -73,6 +77,9 @@ def test_csv_and_the_train_folder(tmp_path: Path) -> None:
     (tmp_path / "train" / "metadata.csv").write_text('file_name,text\na.png,"a, red"\n')
     (only,) = image_folder(tmp_path)
     assert (only.name, only.caption) == ("a.png", "a, red")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\na.png," + "x" * 200_000)
+    with pytest.raises(InputError, match="not a table"):
+        image_folder(tmp_path)
     (tmp_path / "train" / "metadata.jsonl").write_text("")
     with pytest.raises(InputError, match="which one counts"):
         image_folder(tmp_path)
@@ -126,6 +133,9 @@ def test_sizes_are_read_without_decoding(tmp_path: Path) -> None:
         ([{"file_name": "/etc/a.png"}], "expected a path inside"),
         ([{"file_name": "C:\\a.png"}], "expected a path inside"),
         ([{"file_name": "..\\a.png"}], "expected a path inside"),
+        ([{"file_name": "./"}], "expected a path inside"),
+        ([{"file_name": "a" * 5000}], "cannot be a path"),
+        ([{"file_name": "a\0.png"}], "not in"),
         ([{"file_name": "a.png", "mask": "../m.png"}], "expected a path inside"),
         ([{"file_name": "a.png", "mask": "m.png"}], "the mask 'm.png', which is not in"),
         (["[" * 100_000], "line 1 is not JSON"),
@@ -138,6 +148,28 @@ def test_bad_metadata(tmp_path: Path, rows: list[object], message: str) -> None:
     write_lines(folder / "metadata.jsonl", rows)
     with pytest.raises(InputError, match=message):
         image_folder(folder)
+
+
+LINES = st.one_of(
+    st.text(max_size=30),
+    st.dictionaries(
+        st.sampled_from(("file_name", "text", "mask", "x")),
+        st.one_of(st.sampled_from(("a.png", "b/../a.png", ".", "")), st.text(max_size=8), st.none(), st.integers()),
+    ).map(json.dumps),
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(LINES, max_size=4), name=st.sampled_from(("metadata.jsonl", "metadata.csv", "a.txt")))
+def test_anything_is_read_or_refused(tmp_path: Path, lines: list[str], name: str) -> None:
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        paint(Path(folder) / "a.png")
+        (Path(folder) / name).write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+        try:
+            assert {p.name for p in image_folder(folder)} <= {"a.png"}
+        except InputError:
+            pass
 
 
 def test_bad_folders(tmp_path: Path) -> None:

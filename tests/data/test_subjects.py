@@ -161,7 +161,7 @@ def test_prompts_ask_for_what_readers_read_and_say_it_in_known_words() -> None:
         texts = [p.text for p in subject.prompts]
         assert {word for text in (*texts, *captions) for word in text.replace(",", " ").split()} <= known
         assert all(text.count(TOKEN) == 1 for text in (*texts, *captions))
-        own = "woman" if subject.class_words in v.FIGURES else article_free(subject)
+        own = "woman" if subject.class_words in v.FIGURES else subject.name  # "red cat"
         for prompt in subject.prompts:
             assert prompt.asks and all(answer in ANSWERS[question] for question, answer in prompt.asks.items())
             # The words of the prompt mean what is asked for.
@@ -171,10 +171,6 @@ def test_prompts_ask_for_what_readers_read_and_say_it_in_known_words() -> None:
             }
             kept = subject.keeps(prompt)
             assert kept and not set(kept) & set(prompt.asks) and all(kept[q] in ANSWERS[q] for q in kept)
-
-
-def article_free(subject) -> str:
-    return subject.name  # "red cat"
 
 
 def test_the_truth_scores_one() -> None:

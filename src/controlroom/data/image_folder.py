@@ -140,7 +140,11 @@ def _all_in(folder: Path) -> list[Path]:
 def _rows(table: Path) -> Iterator[_Row]:
     text = text_of(table)
     if table.suffix == ".csv":
-        for number, fields in enumerate(csv.DictReader(io.StringIO(text)), 2):
+        try:
+            rows = list(csv.DictReader(io.StringIO(text)))
+        except csv.Error as error:
+            raise InputError(f"{str(table)!r} is not a table: {error}.") from None
+        for number, fields in enumerate(rows, 2):
             yield _Row(f"{str(table)!r}, row {number}", {key: value for key, value in fields.items() if key})
         return
     for number, line in enumerate(text.split("\n"), 1):

@@ -48,15 +48,19 @@ def is_picture_file(path: Path) -> bool:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Files of pictures directly in a folder, by name."""
-    return sorted((path for path in folder.iterdir() if is_picture_file(path)), key=lambda path: path.name)
+    return [path for path in _entries(folder) if is_picture_file(path)]
 
 
 def subfolders(folder: Path) -> list[Path]:
     """Folders directly in a folder, by name; neither hidden ones nor masks."""
-    return sorted(
-        (path for path in folder.iterdir() if path.is_dir() and path.name[0] != "." and path.name != MASK_FOLDER),
-        key=lambda path: path.name,
-    )
+    return [path for path in _entries(folder) if path.is_dir() and path.name[0] != "." and path.name != MASK_FOLDER]
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir(), key=lambda path: path.name)
+    except OSError as error:
+        raise InputError(f"{str(folder)!r} cannot be listed: {error.strerror or error}.") from error
 
 
 def upright_size(path: Path) -> tuple[int, int]:
@@ -166,11 +170,16 @@ def inside(root: Path, named: str, where: str) -> Path:
     Links are followed wherever they lead: caches of downloads consist of them.
 
     Raises:
-        InputError: an absolute path, or one that leaves the folder.
+        InputError: an absolute path, one that leaves the folder, or one that cannot be a path.
     """
     path = Path(named.replace("\\", "/"))
-    if not named.strip() or path.is_absolute() or path.drive or ".." in path.parts or ":" in path.parts[0]:
+    parts = path.parts
+    if not named.strip() or not parts or path.is_absolute() or path.drive or ".." in parts or ":" in parts[0]:
         raise InputError(f"{where} names {named!r}; expected a path inside of {str(root)!r}, relative to it.")
+    try:
+        (root / path).is_file()
+    except (OSError, ValueError) as error:  # too long, or a character that no path has
+        raise InputError(f"{where} names {named[:80]!r}, which cannot be a path ({error}).") from None
     return root / path
 
 

@@ -187,8 +187,7 @@ class BucketOrder:
             groups.setdefault(bucket, []).append(index)
         self._groups = list(groups.values())
         self.steps_per_epoch = sum(-(-sum(repeats[i] for i in group) // batch_size) for group in self._groups)
-        self._epoch = -1
-        self._batches: list[BucketBatch] = []
+        self._kept: tuple[int, list[BucketBatch]] = (-1, [])
 
     @classmethod
     def of(
@@ -207,9 +206,11 @@ class BucketOrder:
     def batch(self, step: int) -> BucketBatch:
         """What a step of the run shows, counted from 0 over all epochs."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._batches, self._epoch = self._shuffled(epoch), epoch
-        return self._batches[place]
+        kept, batches = self._kept  # read and written as one: batches may be made ahead in a thread
+        if kept != epoch:
+            batches = self._shuffled(epoch)
+            self._kept = epoch, batches
+        return batches[place]
 
     def indices(self, slots: Sequence[int]) -> list[int]:
         """What these samples of one step show; a process of several asks for its share of the step's.
