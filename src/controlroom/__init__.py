@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt as PromptToPrompt
     from controlroom.controls.editing.upscale import Upscale as Upscale
     from controlroom.controls.guidance.attend_and_excite import AttendAndExcite as AttendAndExcite
+    from controlroom.controls.guidance.consistency_guidance import ConsistencyGuidance as ConsistencyGuidance
     from controlroom.controls.guidance.guidance_interval import GuidanceInterval as GuidanceInterval
     from controlroom.controls.guidance.guidance_rescale import GuidanceRescale as GuidanceRescale
     from controlroom.controls.guidance.perp_neg import PerpNeg as PerpNeg
@@ -117,6 +118,7 @@ _EXPORTS: dict[str, str] = {
     # controls
     "AppearanceControl": "controlroom.controls.pose.appearance",
     "AttendAndExcite": "controlroom.controls.guidance.attend_and_excite",
+    "ConsistencyGuidance": "controlroom.controls.guidance.consistency_guidance",
     "ControlNet": "controlroom.controls.spatial.controlnet",
     "DepthToImage": "controlroom.controls.spatial.depth_to_image",
     "CopyAppearance": "controlroom.controls.object_edits",

@@ -58,6 +58,7 @@ def picture(seed: int) -> Image.Image:
 SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "appearance_control": lambda folder: {"image": picture(0), "model": str(folder / "writer")},
     "attend_and_excite": lambda folder: {"words": ["cat"], "iterations": 1, "thresholds": {}, "step_size": 5.0},
+    "consistency_guidance": lambda folder: {"plain": "a green dog", "subject_scale": 2.0},
     "controlnet": lambda folder: {"model": str(folder / "controlnet"), "image": picture(1)},
     "depth_to_image": lambda folder: {"image": picture(11), "depth": picture(12), "strength": 1.0},
     "cross_image_attention": lambda folder: {
@@ -130,6 +131,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "ctrl_x": {"structure": None, "appearance": None},
     "appearance_control": {"scale": 0.0},
     "attend_and_excite": {"step_size": 0.0},
+    "consistency_guidance": {"end": 0.0},
     "controlnet": {"scale": 0.0},
     "gligen": {"scale": 0.0},
     "guidance_interval": {"guidance_start": 0.0, "guidance_end": 1.0},
@@ -171,6 +173,7 @@ NEVER_NEUTRAL = (
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "appearance_control": ("image", "model", "scale"),
     "attend_and_excite": ("indices", "words", "iterations", "thresholds", "step_size"),
+    "consistency_guidance": ("plain", "subject_scale", "text_scale", "start", "end"),
     "controlnet": ("model", "image", "scale", "start", "end", "mask", "guess_mode"),
     "depth_to_image": ("image", "depth", "strength"),
     "cross_image_attention": ("structure", "appearance"),
@@ -208,7 +211,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 }
 """Positional arguments that checks from outside rely on (DESIGN.md, section 9)."""
 
-OF_GUIDANCE = ("guidance_interval", "guidance_rescale", "perp_neg")
+OF_GUIDANCE = ("consistency_guidance", "guidance_interval", "guidance_rescale", "perp_neg")
 """Controls of classifier-free guidance itself: a run without it is an error that says so."""
 
 CHANNELS: dict[str, int] = {"depth_to_image": 5, "instruct_pix2pix": 8}

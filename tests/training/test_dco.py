@@ -14,7 +14,7 @@ from controlroom.core.errors import InputError
 from controlroom.training.loop import train
 from controlroom.training.own_rate import OwnRate
 from controlroom.training.randomness import StepRandom
-from controlroom.training.recipes.dco import FILE, DCOSettings
+from controlroom.training.recipes.dco import FILE, DCORecipe, DCOSettings
 from tests.tiny import tiny_sd1, tiny_sd2, tiny_sdxl
 from tests.traces import traces
 from tests.training.recipe_checks import check_learns, check_moves_only_what_trains, check_resumes, loop, painted
@@ -33,7 +33,8 @@ def maker(settings: DCOSettings, folder: Path, make: Any = tiny_sd1) -> Any:
 @pytest.mark.parametrize("settings", [DCOSettings(rank=2), WHOLE])
 def test_only_what_is_declared_moves(tmp_path: Path, make: Any, settings: DCOSettings) -> None:
     recipe = check_moves_only_what_trains(maker(settings, tmp_path, make), tmp_path / "run")
-    parts = {part for part, _ in recipe.modules()["lora"].layers}
+    assert isinstance(recipe, DCORecipe)
+    parts = {part for part, _ in recipe.adapter.layers}
     encoders = {"text_encoder", "text_encoder_2"} if make is tiny_sdxl else {"text_encoder"}
     assert parts == ({"unet"} | encoders if settings is WHOLE else {"unet"})
     assert set(recipe.modules()) == ({"lora", "word"} if settings is WHOLE else {"lora"})

@@ -6,7 +6,7 @@ step to step, and what is quantised or offloaded stays so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +54,7 @@ def added(changes: list[tuple[str, Applied]], strengths: Mapping[str, Strength])
             if part in strengths:
                 layer = change.layer
                 kept.append((layer, layer.forward, "forward" in vars(layer)))
-                layer.forward = _changed(layer.forward, change, strengths[part])
+                layer.forward = _Changed(layer.forward, change, strengths[part])
         yield
     finally:
         for layer, forward, own in reversed(kept):
@@ -64,9 +64,33 @@ def added(changes: list[tuple[str, Applied]], strengths: Mapping[str, Strength])
                 del layer.forward
 
 
-def _changed(forward: Any, change: Applied, strength: Strength) -> Any:
-    def call(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        found = forward(hidden, *args, **kwargs)
-        return found if strength.value == 0 else found + strength.value * change(hidden).to(found.dtype)
+@contextmanager
+def unchanged(networks: Iterable[Any]) -> Iterator[int]:
+    """Within the block, layers of these networks give what they give without anything `added`; how many those are."""
+    kept: list[tuple[Any, Any]] = []
+    try:
+        for layer in (layer for network in networks for layer in network.modules()):
+            changed = forward = vars(layer).get("forward")
+            while isinstance(forward, _Changed):
+                forward = forward.plain
+            if forward is not changed:
+                kept.append((layer, changed))
+                layer.forward = forward
+        yield len(kept)
+    finally:
+        for layer, changed in kept:
+            layer.forward = changed
 
-    return call
+
+@dataclass(frozen=True)
+class _Changed:
+    """A layer's forward with a change beside it."""
+
+    plain: Any
+    change: Applied
+    strength: Strength
+
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        found = self.plain(hidden, *args, **kwargs)
+        value = self.strength.value
+        return found if value == 0 else found + value * self.change(hidden).to(found.dtype)
