@@ -12,9 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from controlroom.backbones.controlnet import check_controlnet, load_controlnet
 from controlroom.backbones.image_projection import Resampler
 from controlroom.backbones.ip_adapter import (
@@ -23,8 +20,10 @@ from controlroom.backbones.ip_adapter import (
     adapter_from_tensors,
     check_adapter,
     load_ip_adapter,
+    save_ip_adapter,
 )
 from controlroom.backbones.loading import check_device, find_model, keep
+from controlroom.backbones.model_files import pickle_refused
 from controlroom.core.backbone import Backbone
 from controlroom.core.errors import ModelError
 
@@ -41,10 +40,7 @@ def find_identity_adapter(model: Any, backbone: Backbone) -> IPAdapterModel:
     if isinstance(model, str | os.PathLike):
         path = find_model(model, "InstantID")
         if path.is_dir() and not list(path.glob("*.safetensors")) and (path / "ip-adapter.bin").exists():
-            raise ModelError(
-                f"{path} holds ip-adapter.bin, a pickle, which can run code when it is opened. Convert it first: "
-                f"controlroom convert {path / 'ip-adapter.bin'} {path / FILE}"
-            )
+            raise pickle_refused(str(path / "ip-adapter.bin"), "InstantID")
         file = adapter_file(path)
         found = keep(backbone, ("instant_id",), file, lambda: load_ip_adapter(file, unet)).to(backbone.device)
     elif isinstance(model, Mapping):
@@ -105,8 +101,7 @@ def face_encoder_beside(model: Any) -> Path | None:
 def save_instant_id(folder: Path, adapter: IPAdapterModel, net: Any) -> None:
     """Write both parts as they are published, the adapter as safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, torch.Tensor] = {key: value.contiguous() for key, value in adapter.state_dict().items()}
-    save_file(tensors, str(folder / FILE), {"format": "pt"})
+    save_ip_adapter(adapter, folder / FILE)
     net.save_pretrained(folder / NET)
 
 

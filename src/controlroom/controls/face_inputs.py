@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -175,7 +176,9 @@ def face_features(pictures: Any, points: Any, encoder: Any, backbone: Backbone, 
     flat = [load_image(item) for row in rows for item in row]
     if points is not None:
         flat = [head_crop(picture, where) for picture, where in zip(flat, _places(points, len(flat)), strict=True)]
-    found = torch.stack(_embedded(flat, encoder, backbone))
+    if isinstance(encoder, str | os.PathLike):
+        encoder = load_image_encoder(find_model(encoder, "face encoder"), backbone).to(backbone.device)
+    found = identity_vectors(flat, encoder)
     return _for_images(found.unflatten(0, (len(rows), -1)), images)
 
 
@@ -186,16 +189,26 @@ def _places(points: Any, count: int) -> list[Any]:
     return [five_points(people(item)[0]) if is_pose(item) else checked_points(item) for item in listed]
 
 
-def _embedded(pictures: list[Image.Image], encoder: Any, backbone: Backbone) -> list[torch.Tensor]:
+def identity_vectors(pictures: Sequence[Image.Image], encoder: Any) -> torch.Tensor:
+    """Vectors of identity of RGB pictures: [n, width], float32, on the CPU.
+
+    Args:
+        pictures: as the encoder reads them.
+        encoder: a `FaceEncoder`, or a CLIP image encoder, whose feature is taken.
+
+    Raises:
+        InputError: a picture that the encoder finds no face in.
+        ModelError: the encoder is none.
+    """
     if isinstance(encoder, FaceEncoder):
-        return [
-            torch.as_tensor(np.asarray(encoder.embed(picture)), dtype=torch.float32).reshape(-1) for picture in pictures
-        ]
-    if isinstance(encoder, str | os.PathLike):
-        encoder = load_image_encoder(find_model(encoder, "face encoder"), backbone).to(backbone.device)
+        vectors = [np.asarray(encoder.embed(picture), np.float32).reshape(-1) for picture in pictures]
+        return torch.from_numpy(np.stack(vectors))
     check_image_encoder(encoder)
+    side, found = int(encoder.config.image_size), []
     with torch.no_grad():
-        return list(image_features(encoder, clip_pixels(pictures, int(encoder.config.image_size)), False).cpu().float())
+        for i in range(0, len(pictures), 32):
+            found.append(image_features(encoder, clip_pixels(pictures[i : i + 32], side), states=False).float().cpu())
+    return torch.cat(found)
 
 
 def _for_images(rows: torch.Tensor, images: int) -> torch.Tensor:
