@@ -56,4 +56,4 @@ def test_what_it_writes_is_the_trained_network(tmp_path: Path) -> None:
 
 def test_unknown_settings_are_named() -> None:
     with pytest.raises(cr.InputError, match="rank"):
-        DreamBoothSettings(rank=4)
+        DreamBoothSettings.model_validate({"rank": 4})

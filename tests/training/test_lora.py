@@ -31,7 +31,8 @@ def maker(tmp_path: Path, settings: LoRASettings, make: Any = tiny_sd1, **pictur
 def test_only_the_low_rank_layers_move(tmp_path: Path, make: Any, text: bool) -> None:
     settings = LoRASettings(rank=2, text_encoders=text)
     recipe = check_moves_only_what_trains(maker(tmp_path, settings, make), tmp_path / "run")
-    parts = {part for part, _ in recipe.modules()["lora"].layers}
+    adapter: Any = recipe.modules()["lora"]
+    parts = {part for part, _ in adapter.layers}
     texts = {"text_encoder", "text_encoder_2"} if make is tiny_sdxl else {"text_encoder"}
     assert parts == ({"unet"} | texts if text else {"unet"})
 

@@ -6,6 +6,7 @@ A job that can be stopped and continued: picture i has seed i and is written who
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from controlroom.core.errors import InputError
@@ -81,7 +82,8 @@ def class_pictures(
             for k, picture in enumerate(drawn.images):
                 with atomic_path(folder / f"{first + k:05d}.png") as beside:
                     picture.save(beside, format="PNG")
-        print(f"pictures of the class: {count - len(missing) + start + len(part)} of {count}", flush=True)
+        done = count - len(missing) + start + len(part)
+        print(f"pictures of the class: {done} of {count}", file=sys.stderr, flush=True)
     return tuple(picture_of(folder / f"{i:05d}.png", folder, prompt) for i in range(count))
 
 

@@ -1,0 +1,231 @@
+"""Training as a task: a recipe by name, settings from a file, pictures from a folder -> a run that can be continued."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from controlroom.core.control import describe
+from controlroom.core.errors import InputError
+from controlroom.training.catalog import RecipeEntry, recipe_entry
+from controlroom.training.recipe_settings import RecipeSettings
+from controlroom.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from controlroom.sampling.pipeline import Pipeline
+    from controlroom.training.loop import TrainResult
+    from controlroom.training.recipe import Recipe
+
+_MAX_CONFIG_BYTES = 1 << 20
+_TABLES = ("recipe", "model", "data", "settings", "train")
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A training, resolved: everything that decides what comes out.
+
+    Attributes:
+        entry: the recipe.
+        model: what is trained on.
+        data: folder of pictures.
+        settings: of the recipe.
+        loop: of the loop.
+    """
+
+    entry: RecipeEntry
+    model: str
+    data: str
+    settings: RecipeSettings
+    loop: TrainSettings
+
+    def prepare(self) -> tuple[Pipeline, Recipe[Any]]:
+        """Load the model and the pictures, and make the recipe (which may draw pictures of a class first)."""
+        from controlroom.data.kohya_folder import training_pictures
+        from controlroom.sampling.pipeline import Pipeline
+
+        pictures = training_pictures(self.data)
+        pipe = Pipeline.from_pretrained(self.model)
+        if self.loop.device != "cpu":
+            pipe.to(self.loop.device)
+        return pipe, self.settings.build(pipe, pictures, self.loop.output_dir)
+
+    def run(self) -> TrainResult:
+        """Train, or go on where it was stopped."""
+        from controlroom.training.loop import train
+
+        return train(self.prepare()[1], self.loop)
+
+    def resolved(self) -> dict[str, Any]:
+        """The plan as plain data, as a configuration file would say it."""
+        # What a file leaves out is the default, so None is left out as well: TOML has no such value.
+        return {
+            "recipe": self.entry.name,
+            "model": self.model,
+            "data": self.data,
+            "settings": self.settings.model_dump(mode="json", exclude_none=True),
+            "train": self.loop.model_dump(mode="json", exclude_none=True),
+        }
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a training needs on its device.
+
+    Attributes:
+        trained, frozen: number of parameters.
+        weights: of all networks.
+        gradients, optimizer, average: of what trains.
+        activations: kept for the backward pass, counted in one forward pass of the recipe.
+    """
+
+    trained: int
+    frozen: int
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+
+def plan_training(
+    recipe: str | None,
+    config: str | Path | None = None,
+    data: str | None = None,
+    model: str | None = None,
+    out: str | Path | None = None,
+    changes: Sequence[str] = (),
+) -> TrainingPlan:
+    """Resolve a training: defaults, then the file, then what is given here.
+
+    Args:
+        recipe: its name; None: as the file says.
+        config: TOML file with ``recipe``, ``model``, ``data`` and the tables ``[settings]`` and ``[train]``.
+        data: folder of pictures.
+        model: what to train on; ``theatre`` by default.
+        out: where the run writes; ``runs/RECIPE`` by default.
+        changes: ``name=value`` pairs: ``rank=8``, ``train.total_steps=200``, ``objective.min_snr_gamma=5``.
+
+    Raises:
+        InputError: an unknown recipe or setting, a value that does not fit, a file that is not TOML, or no data.
+    """
+    found = {} if config is None else read_config(Path(config))
+    name = recipe or found.get("recipe")
+    if name is None:
+        raise InputError("Which recipe? Name it, or give a configuration with recipe = 'lora'.")
+    if recipe is not None and found.get("recipe", recipe) != recipe:
+        raise InputError(f"The configuration is for {found['recipe']!r}, not {recipe!r}.")
+    entry = recipe_entry(str(name))
+    kind = entry.load()
+    settings, asked = dict(found.get("settings", {})), dict(found.get("train", {}))
+    for change in changes:
+        path, value = parse_change(change)
+        target, keys = (asked, path[1:]) if path[0] == "train" else (settings, path)
+        if not keys:
+            raise InputError(f"{change!r} names no setting; write train.NAME=VALUE.")
+        for key in keys[:-1]:
+            target[key] = dict(target.get(key, {}))
+            target = target[key]
+        target[keys[-1]] = value
+    loop = {"output_dir": f"runs/{entry.name}", **kind.loop, **asked}
+    if out is not None:
+        loop["output_dir"] = str(out)
+    if "total_samples" in asked:
+        loop.pop("total_steps", None)
+    chosen = data if data is not None else found.get("data")
+    if chosen is None:
+        raise InputError("Which pictures? Give --data FOLDER, or data = 'FOLDER' in the configuration.")
+    try:
+        checked = TrainSettings.model_validate(loop)
+    except ValidationError as error:
+        raise InputError(describe("train", error)) from error
+    return TrainingPlan(entry, str(model or found.get("model", "theatre")), str(chosen), kind(**settings), checked)
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """A training's configuration.
+
+    Raises:
+        InputError: no such file, not TOML, or something in it that no training has.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise InputError(
+            f"{str(path)!r} cannot be read ({error.strerror}). Give the TOML file of a training."
+        ) from error
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise InputError(f"{str(path)!r} is larger than a megabyte, which no configuration is. Check the path.")
+    try:
+        found = tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} is not TOML: {error}.") from error
+    for key, value in found.items():
+        if key not in _TABLES:
+            raise InputError(f"{str(path)!r} has {key!r}; known are {', '.join(_TABLES)}.")
+        if (key in ("settings", "train")) != isinstance(value, dict):
+            raise InputError(f"{key!r} of {str(path)!r} should be {'a table' if key in _TABLES[3:] else 'text'}.")
+    return found
+
+
+def parse_change(change: str) -> tuple[list[str], Any]:
+    """``a.b=value`` -> (["a", "b"], value); values are TOML's, and what is none of these is text."""
+    name, equals, text = change.partition("=")
+    if not equals or not name.strip():
+        raise InputError(f"{change!r} is not NAME=VALUE.")
+    try:
+        value = tomllib.loads(f"v = {text.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    return name.strip().split("."), value
+
+
+def estimate_memory(recipe: Recipe[Any], loop: TrainSettings) -> MemoryEstimate:
+    """What a training needs, with one forward pass to count what is kept for the backward one."""
+    import torch
+
+    from controlroom.training.randomness import DataOrder, StepRandom
+    from controlroom.training.recipe import FiniteData
+
+    modules, frozen = recipe.modules(), recipe.frozen()
+    for module in frozen.values():
+        module.requires_grad_(False)
+    trained = {id(p): p for m in modules.values() for p in m.parameters() if p.requires_grad}
+    every = {id(p): p for m in (*modules.values(), *frozen.values()) for p in m.parameters()}
+    moving = sum(p.numel() for p in trained.values())
+    moments = {"adafactor": 0.1, "muon": 1.0, "adamw_8bit": 0.5, "prodigy": 3.0}.get(str(loop.optimizer), 2.0)
+    known = {t.untyped_storage().data_ptr() for t in every.values()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage  # held, so that no later tensor takes its place
+        return tensor
+
+    rows = min(loop.batch_size, 2)
+    order = DataOrder(loop.seed, recipe.dataset_size if isinstance(recipe, FiniteData) else None)
+    with torch.random.fork_rng():
+        with torch.no_grad():
+            batch = recipe.batch(order.indices(range(rows)), 0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            recipe.loss(batch, 0, StepRandom(loop.seed, 0, range(rows), loop.device))
+    return MemoryEstimate(
+        trained=moving,
+        frozen=sum(p.numel() for p in every.values()) - moving,
+        weights=sum(p.numel() * p.element_size() for p in every.values()),
+        gradients=4 * moving,
+        optimizer=int(4 * moments * moving),
+        average=0 if loop.ema_decay is None else 4 * moving,
+        activations=sum(storage.nbytes() for storage in kept.values()) * loop.batch_size // rows,
+    )

@@ -1,0 +1,150 @@
+"""Training as a task and as a command: resolving, estimating, running, continuing, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from controlroom.app.cli import main
+from controlroom.core.errors import InputError
+from controlroom.tasks.train import estimate_memory, parse_change, plan_training
+from tests.tiny import tiny_sd1
+
+TINY = {"total_steps": 2, "batch_size": 2, "threads": 1, "checkpoint_every_seconds": 60}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_sd1().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("photos")
+    for colour in ("red", "blue"):
+        Image.new("RGB", (40, 32), colour).save(folder / f"{colour}.png")
+        (folder / f"{colour}.txt").write_text(f"a {colour} cat")
+    return str(folder)
+
+
+def config(path: Path, **more: Any) -> Path:
+    """A TOML file of a tiny LoRA training."""
+    lines = ['recipe = "lora"', *(f"{k} = {json.dumps(v)}" for k, v in more.items())]
+    lines += ["[settings]", "rank = 2", "[train]", *(f"{k} = {v}" for k, v in TINY.items())]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_file_then_command_line_decide(tmp_path: Path) -> None:
+    file = config(tmp_path / "run.toml", data="here", model="there")
+    plan = plan_training(None, file, changes=["rank=8", "train.total_steps=5", "objective.min_snr_gamma=5"])
+    assert (plan.entry.name, plan.model, plan.data) == ("lora", "there", "here")
+    resolved = plan.resolved()
+    assert resolved["settings"]["rank"] == 8 and resolved["settings"]["objective"]["min_snr_gamma"] == 5
+    assert resolved["train"]["total_steps"] == 5 and resolved["train"]["batch_size"] == 2
+    other = plan_training("lora", file, data="elsewhere", model="theatre", out=tmp_path / "out")
+    assert (other.data, other.model, other.loop.output_dir) == ("elsewhere", "theatre", tmp_path / "out")
+    counted = plan_training("lora", data="x", changes=["train.total_samples=64"])
+    assert counted.loop.total_samples == 64 and counted.loop.total_steps is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"recipe": "lorra", "data": "x"}, "Did you mean lora"),
+        ({"recipe": "lora"}, "Which pictures"),
+        ({"recipe": None, "data": "x"}, "Which recipe"),
+        ({"recipe": "lora", "data": "x", "changes": ["ranc=4"]}, "ranc"),
+        ({"recipe": "lora", "data": "x", "changes": ["train.batch_size=0"]}, "batch_size"),
+        ({"recipe": "lora", "data": "x", "changes": ["rank"]}, "NAME=VALUE"),
+        ({"recipe": "lora", "data": "x", "changes": ["train=3"]}, "names no setting"),
+        ({"recipe": "lora", "data": "x", "config": "missing.toml"}, "missing.toml"),
+    ],
+)
+def test_what_does_not_fit_is_named(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        plan_training(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("rank =", "not TOML"), ("unknown = 3", "unknown"), ("settings = 3", "a table"), ("[recipe]\nx = 1", "text")],
+)
+def test_broken_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(InputError, match=said):
+        plan_training("lora", tmp_path / "run.toml", data="x")
+    with pytest.raises(InputError, match="is for 'lora'"):
+        plan_training("dreambooth", config(tmp_path / "other.toml"), data="x")
+
+
+def test_changes_are_toml_or_text() -> None:
+    assert parse_change("train.betas=[0.9, 0.99]") == (["train", "betas"], [0.9, 0.99])
+    assert parse_change("prompt=a red cat") == (["prompt"], "a red cat")
+    assert parse_change("dora=true") == (["dora"], True)
+
+
+def test_memory_counts_what_moves(tmp_path: Path, model: str, photos: str) -> None:
+    plan = plan_training("lora", config(tmp_path / "run.toml"), photos, model, tmp_path / "run")
+    _, recipe = plan.prepare()
+    found = estimate_memory(recipe, plan.loop)
+    moving = sum(p.numel() for p in recipe.modules()["lora"].parameters())
+    assert found.trained == moving and found.gradients == 4 * moving and found.optimizer == 8 * moving
+    every = sum(p.numel() for m in recipe.frozen().values() for p in m.parameters())
+    assert found.frozen == every and found.weights == 4 * (every + moving)
+    assert found.activations > 100_000 and found.total > found.weights + found.activations
+    twice = estimate_memory(recipe, plan.loop.model_copy(update={"batch_size": 4}))
+    assert twice.activations == 2 * found.activations
+
+
+def test_command_trains_continues_and_tells(
+    tmp_path: Path, model: str, photos: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [
+        "train",
+        "-c",
+        str(config(tmp_path / "run.toml")),
+        "-d",
+        photos,
+        "--model",
+        model,
+        "-o",
+        str(tmp_path / "r"),
+    ]
+    assert main([*line, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "rank = 2" in told and "# parameters: " in told and "# memory: " in told
+    assert not (tmp_path / "r").exists()
+    (tmp_path / "again.toml").write_text(told)  # what it prints is a configuration
+    assert plan_training(None, tmp_path / "again.toml").resolved()["settings"]["rank"] == 2
+    assert main(line) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert (folder / "lora.safetensors").is_file()
+    assert main([*line, "--json", "--set", "train.total_steps=3"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 3
+    assert main([*line, "--set", "rank=4"]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_command_lists_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--list", "--json"]) == 0
+    listed = {row["name"] for row in json.loads(capsys.readouterr().out)}
+    assert {"lora", "dreambooth", "dreambooth_lora"} <= listed
+    assert main(["train", "--list"]) == 0
+    assert "lora.safetensors" in capsys.readouterr().out
+
+
+def test_every_recipe_has_settings_with_defaults() -> None:
+    from controlroom.training.catalog import RECIPES
+    from controlroom.training.settings import TrainSettings
+
+    for entry in RECIPES:
+        kind = entry.load()
+        kind()  # nothing is required that only a file could give
+        TrainSettings.model_validate({"output_dir": "x", **kind.loop})
