@@ -62,3 +62,8 @@ def test_learning_rate_is_a_function_of_the_step(tmp_path) -> None:
     assert rates() == [0.5, 1.0, 1.0, 1.0, 1.0]
     assert torch.allclose(torch.tensor(rates(schedule="linear", final_fraction=0.2))[2:], torch.tensor([1.0, 0.6, 0.2]))
     assert torch.allclose(torch.tensor(rates(schedule="cosine"))[2:], torch.tensor([1.0, 0.5, 0.0]), atol=1e-6)
+    powers = rates(schedule="polynomial", schedule_power=2.0)[2:]
+    assert torch.allclose(torch.tensor(powers), torch.tensor([1.0, 0.25, 0.0]))
+    assert rates(schedule="cosine_restarts") == rates(schedule="cosine")
+    waves = rates(schedule="cosine_restarts", schedule_cycles=2)[2:]  # at the half it begins again
+    assert torch.allclose(torch.tensor(waves), torch.tensor([1.0, 1.0, 0.0]), atol=1e-6)

@@ -191,7 +191,8 @@ class _Run:
             self.progress.event("broken checkpoint", note, note=note)
         start = "resume" if checkpoint is not None else "start"
         count = sum(p.numel() for p in self.parameters.values())
-        text = f"{self.recipe.name} at step {self.step}/{self.total_steps}, sample {self.samples}, {count} parameters train"
+        place = f"step {self.step}/{self.total_steps}, sample {self.samples}"
+        text = f"{self.recipe.name} at {place}, {count} parameters train"
         if self.processes.world > 1:
             text += f", {self.processes.world} processes"
         if self.settings.gradient_checkpointing:
@@ -323,7 +324,7 @@ class _Run:
             return
         order = torch.channels_last if last else torch.contiguous_format
         for module in (*self.modules.values(), *self.frozen.values()):
-            module.to(memory_format=order)
+            module.to(memory_format=order)  # type: ignore[call-overload]  torch types it for tensors only
 
     # -- checks -------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Optimizers: AdamW and others by their libraries, and Muon, momentum whose matrices are made orthogonal (Jordan, 2024).
+"""Optimizers: AdamW, others by their libraries, and Muon, momentum whose matrices are made orthogonal (Jordan, 2024).
 
 Adafactor (Shazeer and Stern, arXiv 1804.04235) keeps a row and a column of second moments instead of a matrix; its rate
 is relative to the size of each weight. Prodigy (Mishchenko and Defazio, arXiv 2306.06101) finds its rate: the learning

@@ -1,4 +1,4 @@
-"""The log of a run: a plain line on stderr for people, a line of JSON in `log.jsonl` for programs, TensorBoard if asked.
+"""The log of a run: a plain line on stderr for people, a line of JSON in `log.jsonl` for programs, TensorBoard.
 
 A killed run and its resume write to the same files. Steps that were lost and taken again are in `log.jsonl` twice, with
 the same numbers; TensorBoard hides the first.

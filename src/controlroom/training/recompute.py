@@ -19,6 +19,7 @@ _SWITCHES = (
     ("activation_checkpointing_enable", "activation_checkpointing_disable"),
     ("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
 )
+_STATES = ("is_activation_checkpointing", "is_gradient_checkpointing")
 _SUPPORT = ("_supports_gradient_checkpointing", "supports_gradient_checkpointing")
 
 
@@ -30,10 +31,16 @@ def offering(module: nn.Module) -> list[Any]:
     return [found for child in module.children() for found in offering(child)]
 
 
+def recomputes(model: Any) -> bool:
+    """Whether gradient checkpointing of a model of these libraries is on."""
+    name = next((name for name in _STATES if hasattr(type(model), name)), None)
+    return name is not None and bool(getattr(model, name))
+
+
 @contextmanager
 def recomputing(modules: Iterable[nn.Module]) -> Iterator[int]:
     """Within the block every model that offers it recomputes; gives how many do. Those that did before keep on."""
-    found = [m for module in modules for m in offering(module) if not getattr(m, "is_gradient_checkpointing", False)]
+    found = [m for module in modules for m in offering(module) if not recomputes(m)]
     for model in found:
         switch = next(on for on, _ in _SWITCHES if hasattr(model, on))
         getattr(model, switch)()

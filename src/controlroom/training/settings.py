@@ -98,9 +98,7 @@ class TrainSettings(BaseModel):
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; both must be at least 0 and below 1")
         if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"batch_size {self.batch_size} cannot be shown in {self.accumulate} equal parts (accumulate)"
-            )
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulate, {self.accumulate}")
         if self.optimizer == "prodigy" and self.learning_rate < 0.01:
             raise ValueError(
                 f"prodigy finds the rate itself and learning_rate multiplies it; {self.learning_rate} would not move "
