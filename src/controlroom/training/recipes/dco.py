@@ -3,8 +3,9 @@
 A LoRA learns to denoise the pictures better than the model it started from, and no more than that: with the errors ℓθ
 of the adapted and ℓφ of the untouched network on the same noise and timestep, the loss of a sample is
 −log σ(−β (ℓθ − ℓφ)), whose gradient fades once the adapted network is better by a few 1/β. What the model knew stays,
-so that several of these LoRAs add up. The untouched network is told plain words in the place of the subject's. Deviation
-from the published code: the loss is of each sample, as the paper has it, where the code averages the batch's errors.
+so that several of these LoRAs add up. The untouched network is told plain words in the place of the subject's.
+Deviation from the published code: the loss is of each sample, as the paper has it, where the code averages the errors
+of the batch first.
 """
 
 from __future__ import annotations
