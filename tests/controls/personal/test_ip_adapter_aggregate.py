@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from controlroom.backbones.image_aggregator import (
+    Aggregate,
     AggregatorSettings,
     PictureAttention,
     aggregated,
@@ -156,7 +157,7 @@ def test_a_run_equals_diffusers_given_what_the_pictures_became(kind: str, encode
     file = write(tmp_path, plain.unet)
     model = load_ip_adapter(file, plain.unet)
     given = features_of(encoder, PICTURES)
-    expected = {
+    expected: dict[Aggregate, torch.Tensor] = {
         "attention": by_hand(model.aggregator, given[:9]).float(),  # type: ignore[arg-type]
         "max": given.max(0, keepdim=True).values,
         "average": given.mean(0, keepdim=True),
@@ -233,7 +234,7 @@ def test_nothing_of_an_aggregator_is_left_out(pipe: Pipeline, encoder: Any, tmp_
         (good, AggregatorSettings(aggregate="max").to_metadata(), "cannot be left out"),
         (good, {"aggregator": "{}x"}, "cannot be read"),
         (good, {"aggregator": json.dumps({"aggregate": "attention", "new": 1})}, "cannot be read"),
-        (bare, said, "is missing"),
+        (bare, said, "lacks aggregator"),
         ({**good, "aggregator.to_out.weight": torch.eye(24)}, said, "nothing reads"),
         ({**good, "aggregator.to_q.weight": torch.eye(23)}, said, "the rest of it asks"),
         ({**bare, "aggregator.to_q.weight": torch.eye(24)}, said, "lacks aggregator.to_v"),

@@ -68,15 +68,18 @@ def theatre_pipeline(unet_folder: Path, vae_folder: Path, clip_folder: Path) -> 
     """The theatre's model out of its trained parts, before they are assembled."""
     vae: Any = AutoencoderKL.from_pretrained(vae_folder)
     unet: Any = UNet2DConditionModel.from_pretrained(unet_folder)
+    text_encoder: Any = CLIPTextModel.from_pretrained(clip_folder)
+    scheduler: Any = noise_schedule()
+    absent: Any = None  # diffusers' types ask for what its code does without
     return Pipeline.from_diffusers(
         StableDiffusionPipeline(
-            vae=vae.eval(),
-            text_encoder=CLIPTextModel.from_pretrained(clip_folder).eval(),
+            vae=vae.eval().float(),
+            text_encoder=text_encoder.eval().float(),
             tokenizer=CLIPTokenizer.from_pretrained(clip_folder / "tokenizer"),
-            unet=unet.eval(),
-            scheduler=noise_schedule(),
-            safety_checker=None,
-            feature_extractor=None,
+            unet=unet.eval().float(),
+            scheduler=scheduler,
+            safety_checker=absent,
+            feature_extractor=absent,
             requires_safety_checker=False,
         )
     )
