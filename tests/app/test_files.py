@@ -88,7 +88,7 @@ def test_a_pickle_anywhere_else_is_sent_to_convert(here: Path) -> None:
         cr.ControlNet("x.pth", image),
         cr.ControlNet(str(folder), image),
         cr.T2IAdapter("x.pth", image),
-        cr.UniControlNet("x.ckpt", {"canny": image}),
+        cr.UniControlNet("x.ckpt", {"canny": image}),  # type: ignore[arg-type]
     ]
     for control in controls:
         with pytest.raises(ControlRoomError, match="controlroom convert"):

@@ -161,7 +161,7 @@ def test_controlnets_become_folders(tmp_path: Path) -> None:
     torch.save({"state_dict": whole}, tmp_path / "control.pth")
     done = convert(tmp_path / "control.pth", tmp_path / "net", base=tiny_folder())
     assert any("base model were left out" in note for note in done.notes)
-    theirs = ControlNetModel.from_pretrained(str(tmp_path / "net"), torch_dtype=torch.float16)
+    theirs: Any = ControlNetModel.from_pretrained(str(tmp_path / "net"), torch_dtype=torch.float16)
     assert theirs.config.conditioning_channels == 11 and recognise(tmp_path / "net").name == "ControlNet (diffusers)"
     own = net.state_dict()
     assert own.keys() == theirs.state_dict().keys()

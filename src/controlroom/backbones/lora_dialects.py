@@ -23,16 +23,17 @@ _LIBRARIES = {UNET: "diffusers.models.unets.unet_2d_condition"}
 
 def kohya_parts(change: LayerChange) -> dict[str, Tensor]:
     """Every form of change, as kohya's tools and LyCORIS store it: end of a key -> tensor, with alpha."""
-    factors, found = change.factors, dict[str, Tensor]()
+    factors = change.factors
+    found: dict[str, Tensor] = {}
     if isinstance(factors, LowRank):
         found = {"lora_down.weight": factors.down, "lora_up.weight": factors.up}
         if factors.core is not None:
             found["lora_mid.weight"] = factors.core
     elif isinstance(factors, Hadamard):
         names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-        found = dict(zip(names, (*factors.first, *factors.second), strict=True))
+        found.update(zip(names, (*factors.first, *factors.second), strict=True))
         if factors.cores is not None:
-            found |= dict(zip(("hada_t1", "hada_t2"), factors.cores, strict=True))
+            found.update(zip(("hada_t1", "hada_t2"), factors.cores, strict=True))
     elif isinstance(factors, Kronecker):
         found = _kronecker(factors)
     elif isinstance(factors, Full):
@@ -51,7 +52,7 @@ def _kronecker(factors: Kronecker) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for number, side in (("1", factors.first), ("2", factors.second)):
         names = (f"lokr_w{number}",) if len(side) == 1 else (f"lokr_w{number}_a", f"lokr_w{number}_b")
-        found |= dict(zip(names, side, strict=True))
+        found.update(zip(names, side, strict=True))
     if factors.core is not None:
         found["lokr_t2"] = factors.core
     # LyCORIS does not scale two whole sides, PEFT does: the strength goes into one of them.

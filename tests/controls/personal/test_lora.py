@@ -199,7 +199,7 @@ def test_words_that_kohya_bundled_are_known(make: Any, masked: bool, tmp_path: P
     bundled = {**{f"bundle_emb.<anna>.{ends[end]}": vectors for end, vectors in word.items()}, **tensors}
     save_file(bundled, str(tmp_path / "bundled.safetensors"))
     pipe = cr.Pipeline.from_diffusers(make())
-    mask = {"mask": Image.new("L", (8, 8), 255)} if masked else {}
+    mask: dict[str, Any] = {"mask": Image.new("L", (8, 8), 255)} if masked else {}
     settings: dict[str, Any] = {"prompt": "a red <anna>"}
     plain = [cr.LoRA(str(tmp_path / "kohya.safetensors"), **mask), cr.TextualInversion(word, token="<anna>")]
     expected = drawn(pipe, plain, **settings)
