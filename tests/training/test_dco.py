@@ -116,7 +116,7 @@ def test_words_of_the_untouched_network(tmp_path: Path) -> None:
     other = DCOSettings(rank=1, word="sks", plain="old").build(
         cr.Pipeline.from_diffusers(tiny_sd1()), painted(**NAMED), tmp_path
     )
-    assert other.told(["a {} cat"]) == (("a sks cat",), ("a old cat",))
+    assert other.told(["a {token} cat"]) == (("a sks cat",), ("a old cat",))
 
 
 def test_own_rate_is_the_optimizer_at_that_rate() -> None:

@@ -178,7 +178,7 @@ def test_words_around_the_word(tmp_path: Path) -> None:
     drawn = {recipe.prompts(recipe.batch([0], 0), StepRandom(0, 0, [slot]))[0] for slot in range(20)}
     assert drawn == {"<subject> on the beach", "a <subject>"}
     told = TextualInversionSettings(captions=True)
-    recipe = told.build(pipe, painted(caption="a red {} at night"), tmp_path)
+    recipe = told.build(pipe, painted(caption="a red {token} at night"), tmp_path)
     assert recipe.prompts(recipe.batch([0], 0), StepRandom(0, 0, [0])) == ("a red <subject> at night",)
     with pytest.raises(InputError, match=r"red\.png has neither <subject> nor"):
         told.build(pipe, painted(), tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from controlroom.data.subjects import TOKEN
+
 OBJECT = (
     "{}",
     "a photo of {}",
@@ -41,3 +43,13 @@ STYLE = (
 """For a way of drawing."""
 
 TEMPLATES = {"object": OBJECT, "style": STYLE}
+
+
+def has_place(text: str) -> bool:
+    """Whether a sentence or a caption of a data set has a place for the word: ``{}`` or ``{token}``."""
+    return "{}" in text or TOKEN in text
+
+
+def with_word(text: str, word: str) -> str:
+    """The text with the word in its place."""
+    return text.replace(TOKEN, word).replace("{}", word)

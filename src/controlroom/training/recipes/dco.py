@@ -29,6 +29,7 @@ from controlroom.training.learned_word import NewWord
 from controlroom.training.low_rank import ATTENTION, LowRankLayers, layers_ending
 from controlroom.training.objective import Objective
 from controlroom.training.own_rate import OwnRate
+from controlroom.training.prompt_templates import with_word
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipe_settings import RecipeSettings
@@ -48,7 +49,7 @@ class DCOSettings(RecipeSettings):
     }
 
     prompt: str | None = None
-    """Words for pictures without a caption, with {} or the word itself: "a photo of a {} dog"."""
+    """Words for pictures without a caption, with {}, {token} or the word itself: "a photo of a {} dog"."""
     word: str = "sks"
     """What the subject is called: a rare word, or with ``vectors`` a new one, like <anna>."""
     plain: str = ""
@@ -82,7 +83,7 @@ class DCORecipe:
 
     Args:
         base: the model, all of it frozen.
-        shown: the pictures; their prompts have ``{}`` or the word where the subject is named.
+        shown: the pictures; their prompts have ``{}``, ``{token}`` or the word where the subject is named.
         settings: see `DCOSettings`.
 
     Exported are ``lora.safetensors`` and, of a new word, ``learned_word.safetensors``.
@@ -135,7 +136,7 @@ class DCORecipe:
     def told(self, prompts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Prompts with the subject's word, and plain ones for the untouched network."""
         word, plain = self.settings.word, self.settings.plain
-        named = tuple(text.replace("{}", word) for text in prompts)
+        named = tuple(with_word(text, word) for text in prompts)
         if not word:
             return named, named
         return named, tuple(" ".join(text.replace(word, plain).split()) for text in named)

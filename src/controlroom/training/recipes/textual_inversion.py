@@ -24,7 +24,7 @@ from controlroom.training.base_model import BaseModel
 from controlroom.training.learned_word import NewWord
 from controlroom.training.objective import Objective
 from controlroom.training.prior import subject_loss
-from controlroom.training.prompt_templates import TEMPLATES
+from controlroom.training.prompt_templates import TEMPLATES, has_place, with_word
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipe_settings import RecipeSettings
@@ -55,7 +55,7 @@ class TextualInversionSettings(RecipeSettings):
     templates: Literal["object", "style"] | tuple[str, ...] = "object"
     """Sentences with {} for the word, or which of the known sets."""
     captions: bool = False
-    """Whether pictures with a caption are shown under it (with {}, or the word itself), not under the sentences."""
+    """Whether pictures with a caption are shown under it (with {}, {token} or the word), not under the sentences."""
     retraction: bool = False
     """Whether the vectors keep the length that they started with, so that the word does not drown out others."""
     flip: bool = False
@@ -64,7 +64,7 @@ class TextualInversionSettings(RecipeSettings):
     @field_validator("templates")
     @classmethod
     def _with_place(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not isinstance(value, str) and (not value or not all(_ANY in text for text in value)):
+        if not isinstance(value, str) and (not value or not all(has_place(text) for text in value)):
             raise ValueError("expected sentences that each have {} where the word belongs")
         return value
 
@@ -99,7 +99,7 @@ class TextualInversionRecipe:
         self.base, self.shown, self.settings = base, shown, settings
         self.dataset_size: int | None = len(shown)
         for picture, text in zip(shown.pictures, shown.prompts, strict=True):
-            if _ANY not in text and settings.word not in text:
+            if not has_place(text) and settings.word not in text:
                 raise InputError(
                     f"The caption of {picture.name} has neither {settings.word} nor {{}} in its place: {text!r}."
                 )
@@ -139,7 +139,7 @@ class TextualInversionRecipe:
         sentences, word = self.settings.sentences, self.settings.word
         drawn = rng.integers("sentence", 0, len(sentences)).tolist()
         texts = [sentences[k] if text == _ANY else text for k, text in zip(drawn, batch.prompts, strict=True)]
-        return tuple(text.replace(_ANY, word) for text in texts)
+        return tuple(with_word(text, word) for text in texts)
 
     def loss(self, batch: ShownBatch, step: int, rng: StepRandom) -> Losses:
         told = replace(batch, prompts=self.prompts(batch, rng))
