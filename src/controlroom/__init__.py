@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from controlroom.controls.object_edits import Move as Move
     from controlroom.controls.object_edits import Resize as Resize
     from controlroom.controls.personal.instant_id import InstantID as InstantID
+    from controlroom.controls.personal.blip_diffusion import BLIPDiffusion as BLIPDiffusion
     from controlroom.controls.personal.ip_adapter import IPAdapter as IPAdapter
     from controlroom.controls.personal.lora import LoRA as LoRA
     from controlroom.controls.personal.textual_inversion import TextualInversion as TextualInversion
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
 _EXPORTS: dict[str, str] = {
     # core
     "ConflictError": "controlroom.core.errors",
+    "BLIPDiffusion": "controlroom.controls.personal.blip_diffusion",
     "Control": "controlroom.core.control",
     "ControlRoomError": "controlroom.core.errors",
     "InputError": "controlroom.core.errors",

@@ -216,3 +216,73 @@ def write_instant_id(unet: Any, folder: Path) -> Path:
     save_file(adapter, str(folder / "ip-adapter.safetensors"))
     net.save_pretrained(folder / "ControlNetModel")
     return folder
+
+
+def tiny_subject_reader(width: int = 32, queries: int = 3, seed: int = 37) -> Any:
+    """A BLIP-Diffusion subject encoder for a miniature whose words are as wide, with `tiny_image_encoder`."""
+    from controlroom.backbones.subject_encoder import EncoderShape, SubjectEncoder, SubjectReader
+    from tests.tiny import tiny_tokenizer
+
+    torch.manual_seed(seed)
+    former = {
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 40,
+        "encoder_hidden_size": 32,
+        "vocab_size": 200,
+        "max_position_embeddings": LENGTH,
+    }
+    shape = EncoderShape.model_validate({"qformer_config": former, "num_query_tokens": queries})
+    encoder = SubjectEncoder(shape).eval().requires_grad_(False)
+    return SubjectReader(encoder, tiny_tokenizer(), tiny_image_encoder())
+
+
+def write_subject_reader(pipe: Any, folder: Path) -> Path:
+    """The folder of a subject encoder for a miniature."""
+    from controlroom.backbones.subject_encoder import save_subject_reader
+
+    encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+    width = sum(each.get_input_embeddings().weight.shape[1] for each in encoders if each is not None)
+    save_subject_reader(tiny_subject_reader(width), folder)
+    return folder
+
+
+def tiny_photomaker(pipe: Any, version: int = 1, seed: int = 37) -> Any:
+    """A PhotoMaker for a miniature, random: pictures of 32 pixels; version 2 reads faces of 10 numbers."""
+    from transformers import CLIPVisionConfig
+
+    from controlroom.backbones.photomaker import IDEncoder, PhotoMakerModel, QFormerPerceiver, _Perceiver
+
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=37,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        image_size=32,
+        patch_size=8,
+    )
+    texts = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+    widths = tuple(int(text.config.hidden_size) for text in texts if text is not None)
+    width = sum(widths)
+    perceiver = None
+    if version == 2:
+        perceiver = QFormerPerceiver(10, 20, width, 2, _Perceiver(64, width, 128, 2 * width, 2))
+    encoder = IDEncoder(config, widths, perceiver).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in encoder.named_parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        elif not name.startswith("vision_model"):
+            parameter.copy_(1.5 * torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+    lora: dict[str, torch.Tensor] = {}
+    for name in pipe.unet.attn_processors:
+        layer = pipe.unet.get_submodule(name.removesuffix(".processor"))
+        for part in ("q", "k", "v", "out"):
+            linear = layer.to_out[0] if part == "out" else getattr(layer, f"to_{part}")
+            key = f"unet.{name}.to_{part}_lora"
+            lora[f"{key}.down.weight"] = 0.1 * torch.randn(2, linear.in_features, generator=generator)
+            lora[f"{key}.up.weight"] = 0.3 * torch.randn(linear.out_features, 2, generator=generator)
+    return PhotoMakerModel(encoder, lora)

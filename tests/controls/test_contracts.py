@@ -36,6 +36,7 @@ from tests.controls.nets import (
     tiny_t2i_adapter,
     write_instant_id,
     write_uni_controlnet,
+    write_subject_reader,
 )
 from tests.tiny import BACKBONES
 from tests.traces import traces
@@ -60,6 +61,7 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "attend_and_excite": lambda folder: {"words": ["cat"], "iterations": 1, "thresholds": {}, "step_size": 5.0},
     "consistency_guidance": lambda folder: {"plain": "a green dog", "subject_scale": 2.0},
     "controlnet": lambda folder: {"model": str(folder / "controlnet"), "image": picture(1)},
+    "blip_diffusion": lambda folder: {"model": str(folder / "subject"), "image": picture(16), "subject": "dog"},
     "depth_to_image": lambda folder: {"image": picture(11), "depth": picture(12), "strength": 1.0},
     "cross_image_attention": lambda folder: {
         "structure": picture(8),
@@ -138,6 +140,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "guidance_rescale": {"scale": 0.0},
     "imagic": {"alpha": 1.0, "network": "base"},
     "instant_id": {"scale": 0.0},
+    "blip_diffusion": {"scale": 0.0},
     "ip_adapter": {"scale": 0.0},
     "lora": {"scale": 0.0},
     "ms_diffusion": {"scale": 0.0},
@@ -181,6 +184,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "from_inversion": ("inversion", "strength"),
     "gligen": ("phrases", "boxes", "scheduled_sampling_beta"),
     "guidance_interval": ("guidance_start", "guidance_end"),
+    "blip_diffusion": ("model", "image", "subject", "target", "scale"),
     "guidance_rescale": ("scale", "start", "end"),
     "image_to_image": ("image", "strength"),
     "imagic": ("model", "alpha"),
@@ -254,6 +258,7 @@ class Stage:
 
     def control(self, name: str, **settings: Any) -> Control:
         found = control_class(name)(**{**SETTINGS[name](self.folder), **settings})
+        write_subject_reader(plain, folder / "subject")
         assert isinstance(found, Control)
         return found
 

@@ -46,9 +46,7 @@ def settings_of(folder: Path, steps: int, **settings: Any) -> TrainSettings:
 
 
 def error(recipe: MSDiffusionRecipe) -> float:
-    batch = recipe.batch(range(len(recipe.groups)), 0)
-    condition = recipe.base.condition(batch.prompts, recipe.size)
-    return recipe.objective.held_out(lambda x, t: recipe.predict(batch, x, t, condition), batch.latents)
+    return recipe.error(recipe.batch(range(len(recipe.shown)), 0))
 
 
 def test_only_what_is_declared_moves_and_the_error_falls(parts: Path, groups: Any, tmp_path: Path) -> None:
@@ -95,7 +93,7 @@ def test_the_control_reads_the_export_and_sees_what_training_saw(parts: Path, gr
     recipe.load(weights)
     batch = recipe.batch([0], 0)
     with torch.no_grad():
-        condition = recipe.base.condition(batch.prompts, recipe.size)
+        condition = recipe.base.condition(batch.prompts, recipe.shown.size)
         found = recipe.predict(batch, noisy, t.expand(1), condition)
         other = recipe.predict(recipe.batch([1], 0), noisy, t.expand(1), condition)
     assert (found - expected).abs().max() < 2e-3 * expected.std()  # features are kept in half precision
@@ -115,12 +113,12 @@ def test_what_is_left_out(parts: Path, groups: Any, monkeypatch: pytest.MonkeyPa
     features, grounded = given[0]
     assert sum(DROPOUT) == pytest.approx(1.0)
     assert prompts == [batch.prompts[0], batch.prompts[1], "", ""]
-    blank = recipe.model.image_proj.states and recipe._no_picture
+    blank = recipe.no_picture
     assert [torch.equal(row, blank.expand_as(row)) for row in features] == [False, True, False, True]
     assert grounded.tolist() == [True, False, True, False]
     with torch.no_grad():
-        tokens = recipe.model.prompt(batch.features, batch.boxes, batch.phrases, grounded)
-        elsewhere = recipe.model.prompt(batch.features, 1 - batch.boxes, batch.phrases * 2, grounded)
+        tokens = recipe.model.prompt(batch.features, batch.boxes, recipe.phrases(batch), grounded)
+        elsewhere = recipe.model.prompt(batch.features, 1 - batch.boxes, recipe.phrases(batch) * 2, grounded)
     same = [torch.equal(a, b) for a, b in zip(tokens, elsewhere, strict=True)]
     assert same == [False, True, False, True]
 
@@ -135,8 +133,8 @@ def test_pictures_of_one_and_of_two_subjects_in_one_batch_for_xl(groups: Any) ->
     batch, alone = recipe.batch([0, 1], 0), recipe.batch([0], 0)
     noise, t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([400, 400])
     with torch.no_grad():
-        found = recipe.predict(batch, noise, t, recipe.base.condition(batch.prompts, recipe.size))
-        expected = recipe.predict(alone, noise[:1], t[:1], recipe.base.condition(alone.prompts, recipe.size))
+        found = recipe.predict(batch, noise, t, recipe.base.condition(batch.prompts, recipe.shown.size))
+        expected = recipe.predict(alone, noise[:1], t[:1], recipe.base.condition(alone.prompts, recipe.shown.size))
     torch.testing.assert_close(found[:1], expected, atol=1e-5, rtol=1e-4)
 
 

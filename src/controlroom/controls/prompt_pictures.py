@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from controlroom.backbones.image_encoder import clip_pixels
 from controlroom.core.errors import InputError
@@ -41,6 +42,21 @@ def prompt_pixels(source: Any, side: int, images: int) -> torch.Tensor:
     if images % len(rows):
         raise InputError(f"There are pictures for {len(rows)} prompts, and {images} images.")
     return torch.stack(pixels).repeat_interleave(images // len(rows), dim=0)
+
+
+def squared(source: Any, side: int) -> Any:
+    """Pictures (also in lists of lists) stretched to a square; a float tensor that is normalised stays as it is.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    if isinstance(source, torch.Tensor | np.ndarray) and source.ndim == 4:
+        return [squared(each, side) for each in source]
+    if isinstance(source, list | tuple):
+        return [squared(each, side) for each in source]
+    if isinstance(source, torch.Tensor) and source.is_floating_point() and source.numel() and float(source.min()) < 0:
+        return source
+    return load_image(source).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def given_features(embeds: Any, width: int, rank: int) -> tuple[torch.Tensor, torch.Tensor | None]:

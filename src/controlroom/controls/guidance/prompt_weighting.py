@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from controlroom.backbones.words import PlacedPrompt
 from controlroom.controls.placed_words import RunTexts, WeightedPrompt
 from controlroom.controls.prompt_notation import Dialect, parse
 from controlroom.controls.prompt_tree import Prompt, Text, words_of
@@ -94,8 +95,11 @@ class PromptWeighting(Control):
         found: list[str | None] = []
         for index, own in enumerate(present):
             text = own if listed is None else listed[index * len(listed) // len(present)]
-            # What another control of this kind has read stays as it is: the two are a conflict that is found later.
-            if text is None or isinstance(text, WeightedPrompt):
+            # What another control has read stays as it is: the two are a conflict that is found later.
+            if isinstance(own, PlacedPrompt):
+                found.append(own)
+                continue
+            if text is None:
                 found.append(text)
                 continue
             if text not in trees:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from PIL import Image
 from pydantic import Field, model_validator
 
 from controlroom.backbones.base import execution_device
@@ -35,13 +34,12 @@ from controlroom.backbones.ms_diffusion import (
     ms_diffusion_from_tensors,
 )
 from controlroom.controls.condition_map import rows_of, tiled, tokens_hw
-from controlroom.controls.prompt_pictures import prompt_pixels
+from controlroom.controls.prompt_pictures import prompt_pixels, squared
 from controlroom.core.attention import AttentionCall
 from controlroom.core.backbone import Backbone
 from controlroom.core.claims import Claim
 from controlroom.core.control import Control, Declaration, Outline
 from controlroom.core.errors import ModelError
-from controlroom.core.images import load_image
 from controlroom.core.run import Run
 
 _SIDE = 512
@@ -134,7 +132,7 @@ class MSDiffusion(Control):
     def prepare(self, run: Run) -> _Memory:
         model = self._model(run.backbone)
         encoder = self._encoder(run, model)
-        pixels = prompt_pixels(_square(self.images), encoder.config.image_size, run.images)
+        pixels = prompt_pixels(squared(self.images, _SIDE), encoder.config.image_size, run.images)
         features = image_features(encoder, pixels.flatten(0, 1), states=True).unflatten(0, pixels.shape[:2])
         if features.shape[-1] != model.image_proj.reads:
             raise ModelError(
@@ -238,16 +236,3 @@ def pooled_words(backbone: Any, words: list[str]) -> torch.Tensor:
         )
     ids = backbone.tokenize(backbone.tokenizer, words)
     return backbone.text_encoder(ids.to(execution_device(backbone.text_encoder))).pooler_output
-
-
-def _square(images: list[Any]) -> list[Any]:
-    """Pictures stretched to a square; what is normalised already (a float tensor) stays as it is."""
-    found: list[Any] = []
-    for each in images:
-        if isinstance(each, list | tuple):
-            found.append(_square(list(each)))
-        elif isinstance(each, torch.Tensor) and each.is_floating_point() and each.min() < 0:
-            found.append(each)
-        else:
-            found.append(load_image(each).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC))
-    return found

@@ -9,7 +9,7 @@ from controlroom.data.groups import Group, PlacedSubject
 from controlroom.data.pictures import Picture
 from controlroom.data.theatre import vocabulary as v
 from controlroom.data.theatre.captions import article, full_caption
-from controlroom.data.theatre.pairs import appearance
+from controlroom.data.theatre.pairs import appearance, sample_pair
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import (
     CANVAS,
@@ -69,6 +69,22 @@ def sample_company(seed: int, split: Split = "train", mix: Mix | None = None) ->
 def theatre_groups(count: int, split: Split = "train", first: int = 0) -> tuple[Group, ...]:
     """Companies as training pictures; half of the captions leave the looks to the pictures of the subjects."""
     return tuple(_group(seed, split) for seed in range(first, first + count))
+
+
+def theatre_subjects(count: int, split: Split = "train", first: int = 0, moved: float = 0.7) -> tuple[Group, ...]:
+    """One puppet on the stage, known from another pose and, with a chance of ``moved``, place; captions name neither
+    looks nor clothes.
+    """
+    return tuple(_one_subject(seed, split, moved) for seed in range(first, first + count))
+
+
+def _one_subject(seed: int, split: Split, moved: float) -> Group:
+    pair, name = sample_pair(seed, split, moved), f"subject {split} {seed} {moved}"
+    (box,) = boxes(pair.target)
+    left, top, right, bottom = box if box is not None else (0.0, 0.0, float(CANVAS), float(CANVAS))
+    place = (left / CANVAS, top / CANVAS, right / CANVAS, bottom / CANVAS)
+    subject = PlacedSubject(name_of(pair.target.puppets[0]), place, _picture(f"{name} source", pair.source))
+    return Group(_picture(name, pair.target, short_caption(pair.target)), (subject,))
 
 
 def _group(seed: int, split: Split) -> Group:

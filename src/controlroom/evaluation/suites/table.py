@@ -68,6 +68,7 @@ SUITES: dict[str, Entry] = {
     "panorama": Entry("panoramas of 4:1 at once, in windows, and by MultiDiffusion", 200, f"{_HERE}.panorama"),
     "regions": Entry("two objects left and right, without and with regions", 200, f"{_HERE}.regions"),
     "rpg": Entry("three objects, without and with regional prompts", 200, f"{_HERE}.regions", "build_rpg"),
+    "multi_subject": Entry("two puppets in one picture, each from a picture of its own", 200, f"{_HERE}.multi_subject"),
     "ctrl_x": Entry("structure of one picture, appearance of another, in five ways", 200, f"{_HERE}.ctrl_x"),
     "style_aligned": Entry("one style for a set, without and with StyleAligned", 200, f"{_HERE}.style_aligned"),
     "captions": Entry("what pictures show of what their captions say", 500, f"{_HERE}.captions"),

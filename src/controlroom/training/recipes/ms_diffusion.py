@@ -13,8 +13,8 @@ the network's own sizes, also for pictures that are not square.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,15 @@ from controlroom.backbones.ms_diffusion import (
     GroundingResampler,
     MSDiffusionModel,
     grounded_attention,
-    inside_boxes,
     load_ms_diffusion,
 )
 from controlroom.controls.regions.ms_diffusion import pooled_words
 from controlroom.core.branch import Condition
-from controlroom.core.errors import InputError
-from controlroom.data.groups import Group, groups_fingerprint
+from controlroom.data.groups import Group
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel as Networks
 from controlroom.training.checkpoint import storable
-from controlroom.training.latent_cache import LatentCache, cache_key
+from controlroom.training.grouped import EncodedGroups, GroupBatch
 from controlroom.training.objective import Objective, ObjectiveSettings
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
@@ -65,27 +63,6 @@ class MSDiffusionSettings(BaseModel):
     """Of the resampler; None: that of the image encoder's states (1280 in the published model)."""
     seed: int = Field(default=6, ge=0)
     """Of the resampler's first weights."""
-
-
-@dataclass(frozen=True)
-class GroupBatch:
-    """What a step shows; a picture of fewer subjects has boxes of zeros for the others, which are then never seen.
-
-    Attributes:
-        latents: [B, C, h, w], scaled.
-        prompts: B texts.
-        features: [B, subjects, length, reads].
-        boxes: [B, subjects, 4].
-        phrases: [B, subjects, phrase].
-        inside: [B, subjects, h, w], 1 in the boxes.
-    """
-
-    latents: Tensor
-    prompts: tuple[str, ...]
-    features: Tensor
-    boxes: Tensor
-    phrases: Tensor
-    inside: Tensor
 
 
 class MSDiffusionRecipe:
@@ -120,35 +97,30 @@ class MSDiffusionRecipe:
         size: tuple[int, int] | None = None,
         cache_folder: Path | None = None,
     ) -> None:
-        silent = [group.picture.name for group in groups if not group.picture.caption]
-        if not groups or silent:
-            raise InputError(f"{silent[0]} has no caption." if silent else "There is no picture to train on.")
         check_image_encoder(image_encoder)
         self.settings = settings or MSDiffusionSettings()
         self.base = Networks(pipe)
         self.encoder: Any = image_encoder.eval().requires_grad_(False)
-        self.size = size or self.base.backbone.default_size
         self.objective = Objective(self.base.backbone.scheduler, objective)
-        self.groups, self.held_out = tuple(groups), tuple(held_out)
-        self.dataset_size: int | None = len(self.groups)
-        words = sorted({s.word for group in (*self.groups, *self.held_out) for s in group.subjects})
-        self._word_rows = {word: row for row, word in enumerate(words)}
-        self._phrases = pooled_words(self.base.backbone, words).float()
+        self.shown = EncodedGroups(self.base, groups, self.features, self.encoder, size, cache_folder)
+        self.unseen = EncodedGroups(self.base, held_out, self.features, self.encoder, size) if held_out else None
+        self.dataset_size: int | None = len(self.shown)
+        words = sorted({subject.word for group in (*groups, *held_out) for subject in group.subjects})
+        found = pooled_words(self.base.backbone, words).float()
+        self._phrases = dict(zip(words, found, strict=True))
         reads = int(image_encoder.config.hidden_size)
-        width = self.settings.width or reads
-        self.model = MSDiffusionModel.for_unet(self.base.unet, self._resampler(reads, width)).to(self.base.device)
+        resampler = self._resampler(reads, self.settings.width or reads, found.shape[1])
+        self.model = MSDiffusionModel.for_unet(self.base.unet, resampler).to(self.base.device)
         self.model.requires_grad_(True).dummy_image_tokens.requires_grad_(False)
         side = int(image_encoder.config.image_size)
-        self._no_picture = self._features(torch.zeros(1, 3, side, side))[0]
-        self._shown = _Encoded(self, self.groups, cache_folder)
-        self._unseen = _Encoded(self, self.held_out, None) if self.held_out else None
+        self.no_picture = self._features(torch.zeros(1, 3, side, side))[0]
 
-    def _resampler(self, reads: int, width: int) -> GroundingResampler:
+    def _resampler(self, reads: int, width: int, phrase: int) -> GroundingResampler:
         torch.manual_seed(self.settings.seed)
         inner = width if width < 64 else math.ceil(width / 64) * 64
         out = int(self.base.unet.config.cross_attention_dim)
         tokens, depth = self.settings.tokens, self.settings.depth
-        return GroundingResampler(reads, width, out, tokens, depth, inner, 4 * width, self._phrases.shape[1])
+        return GroundingResampler(reads, width, out, tokens, depth, inner, 4 * width, phrase)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"ms_diffusion": self.model}
@@ -158,8 +130,8 @@ class MSDiffusionRecipe:
 
     def fingerprint(self) -> str:
         """Pictures, words and boxes; sizes; what is left out how often."""
-        shape = f"{self.settings.model_dump_json()} {self.size} {DROPOUT} {UNGROUNDED}"
-        return f"{groups_fingerprint(self.groups)} {shape} {self.objective.settings.model_dump_json()}"
+        shape = f"{self.settings.model_dump_json()} {DROPOUT} {UNGROUNDED}"
+        return f"{self.shown.fingerprint()} {shape} {self.objective.settings.model_dump_json()}"
 
     @torch.no_grad()
     def _features(self, pixels: Tensor) -> Tensor:
@@ -172,13 +144,20 @@ class MSDiffusionRecipe:
         return self._features(clip_pixels(square, int(self.encoder.config.image_size)))
 
     def batch(self, indices: Sequence[int], step: int) -> GroupBatch:
-        return self._shown.batch(indices)
+        return self.shown.batch(indices)
+
+    def phrases(self, batch: GroupBatch) -> Tensor:
+        """[B, subjects, width]: what the subjects are called; zeros where a picture has fewer."""
+        rows = [[self._phrases[word] for word in words] for words in batch.words]
+        blank = torch.zeros_like(next(iter(self._phrases.values())))
+        most = batch.boxes.shape[1]
+        return torch.stack([torch.stack([*row, *[blank] * (most - len(row))]) for row in rows]).to(batch.boxes)
 
     def predict(
         self, batch: GroupBatch, noisy: Tensor, t: Tensor, condition: Condition, grounded: Tensor | None = None
     ) -> Tensor:
         """What the frozen network predicts with subjects beside the words; ``grounded`` [B] as in the resampler."""
-        tokens = self.model.prompt(batch.features, batch.boxes, batch.phrases, grounded)
+        tokens = self.model.prompt(batch.features, batch.boxes, self.phrases(batch), grounded)
         with grounded_attention(self.base.unet, self.model, tokens, batch.inside):
             return self.base.predict(noisy, t, condition)
 
@@ -186,10 +165,10 @@ class MSDiffusionRecipe:
         left_out = rng.choice("left out", DROPOUT)
         grounded = rng.choice("grounding", (1 - UNGROUNDED, UNGROUNDED)) == 0
         hidden = (left_out % 2 == 1)[:, None, None, None]
-        features = torch.where(hidden, self._no_picture.to(batch.features), batch.features)
+        features = torch.where(hidden, self.no_picture.to(batch.features), batch.features)
         prompts = ["" if silent else words for silent, words in zip(left_out >= 2, batch.prompts, strict=True)]
-        condition = self.base.condition(prompts, self.size)
-        told = GroupBatch(batch.latents, batch.prompts, features, batch.boxes, batch.phrases, batch.inside)
+        condition = self.base.condition(prompts, self.shown.size)
+        told = replace(batch, features=features)
 
         def predict(noisy: Tensor, t: Tensor) -> Tensor:
             return self.predict(told, noisy, t, condition, grounded)
@@ -199,17 +178,16 @@ class MSDiffusionRecipe:
 
     def validate(self, step: int) -> dict[str, float]:
         """Error on held-out groups with their subjects, and with zero pixels in their place."""
-        if self._unseen is None:
+        if self.unseen is None:
             return {}
-        batch = self._unseen.batch(range(len(self.held_out)))
-        condition = self.base.condition(batch.prompts, self.size)
-        blank = self._no_picture.to(batch.features).expand_as(batch.features)
-        found: dict[str, float] = {}
-        for name, features in (("held_out", batch.features), ("without_pictures", blank)):
-            told = GroupBatch(batch.latents, batch.prompts, features, batch.boxes, batch.phrases, batch.inside)
-            predict: Callable[[Tensor, Tensor], Tensor] = lambda x, t, b=told: self.predict(b, x, t, condition)  # noqa: E731
-            found[name] = self.objective.held_out(predict, batch.latents)
-        return found
+        batch = self.unseen.batch(range(len(self.unseen)))
+        blank = self.no_picture.to(batch.features).expand_as(batch.features)
+        return {"held_out": self.error(batch), "without_pictures": self.error(replace(batch, features=blank))}
+
+    def error(self, batch: GroupBatch) -> float:
+        """Unweighted error of pictures at four noise levels, with the same noise every time."""
+        condition = self.base.condition(batch.prompts, self.shown.size)
+        return self.objective.held_out(lambda noisy, t: self.predict(batch, noisy, t, condition), batch.latents)
 
     def export(self, folder: Path) -> None:
         save_file(storable(self.model.state_dict()), str(folder / FILE), {"format": "pt"})
@@ -217,57 +195,3 @@ class MSDiffusionRecipe:
 
     def load(self, folder: Path) -> None:
         self.model.load_state_dict(load_ms_diffusion(folder / FILE, self.base.unet).state_dict())
-
-
-class _Encoded:
-    """Groups as a network reads them: latents of the pictures, features of the subjects, made once."""
-
-    def __init__(self, recipe: MSDiffusionRecipe, groups: Sequence[Group], cache_folder: Path | None) -> None:
-        self.recipe, self.groups = recipe, groups
-        self.subjects = [subject for group in groups for subject in group.subjects]
-        self.first = [0]
-        for group in groups:
-            self.first.append(self.first[-1] + len(group.subjects))
-        self._latents = self._kept(self._encode, len(groups), cache_folder, "vae", recipe.base.vae)
-        self._features = self._kept(self._describe, len(self.subjects), cache_folder, "encoder", recipe.encoder)
-
-    def _encode(self, slots: Sequence[int]) -> Tensor:
-        pictures = [self.groups[slot].picture.read() for slot in slots]
-        return self.recipe.base.latents(pictures, self.recipe.size).cpu()
-
-    def _describe(self, slots: Sequence[int]) -> Tensor:
-        found = self.recipe.features([self.subjects[slot].picture.read() for slot in slots])
-        return found[..., None].cpu()
-
-    def _kept(
-        self, make: Callable[[Sequence[int]], Tensor], count: int, folder: Path | None, part: str, module: nn.Module
-    ) -> Callable[[Sequence[int]], Tensor]:
-        """A function that reads rows which ``make`` made once."""
-        if folder is None:
-            whole = torch.cat([make(range(i, min(i + 64, count))) for i in range(0, count, 64)])
-            return lambda rows: whole[list(rows)]
-        key = cache_key({part: module}, groups_fingerprint(self.groups), f"groups {part} {self.recipe.size}")
-        cache = LatentCache(folder, key, count, tuple(make([0]).shape[1:])).build(make)  # type: ignore[arg-type]
-        return lambda rows: cache.read(list(rows))
-
-    def batch(self, indices: Sequence[int]) -> GroupBatch:
-        """Groups of these numbers, filled up to as many subjects as the largest has."""
-        recipe = self.recipe
-        device = recipe.base.device
-        groups = [self.groups[index] for index in indices]
-        latents = self._latents(indices).float().to(device)
-        height, width = latents.shape[-2:]
-        most = max(len(group.subjects) for group in groups)
-        length, reads = recipe._no_picture.shape
-        features = torch.zeros(len(groups), most, length, reads)
-        boxes, inside = torch.zeros(len(groups), most, 4), torch.zeros(len(groups), most, height, width)
-        phrases = torch.zeros(len(groups), most, recipe._phrases.shape[1])
-        for row, (index, group) in enumerate(zip(indices, groups, strict=True)):
-            count = len(group.subjects)
-            features[row, :count] = self._features(range(self.first[index], self.first[index] + count))[..., 0].float()
-            boxes[row, :count] = torch.tensor([subject.box for subject in group.subjects])
-            inside[row, :count] = inside_boxes([subject.box for subject in group.subjects], (height, width))
-            rows = [recipe._word_rows[subject.word] for subject in group.subjects]
-            phrases[row, :count] = recipe._phrases[rows].cpu()
-        prompts = tuple(group.picture.caption for group in groups)
-        return GroupBatch(latents, prompts, *(x.to(device) for x in (features, boxes, phrases, inside)))

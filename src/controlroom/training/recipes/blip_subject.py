@@ -1,0 +1,184 @@
+"""BLIP-Diffusion's subject encoder (Li et al., arXiv 2305.14720, section 3.2): pictures of subjects into the words.
+
+A Q-Former on the states of a frozen image encoder learns vectors that, put into the prompt, let the network draw the
+subject elsewhere: the error of the predicted noise, through frozen text encoder and UNet. With ``unet`` the UNet learns
+too, and the subject is left out of some samples, so that words alone keep their meaning.
+
+Deviations: the published encoder is BLIP-2's, trained on pictures with captions before, with a network of its own for
+pixels, and the text encoder learns with it; subjects are shown in another scene, where the published data puts the
+target's own subject on another background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from torch import Tensor, nn
+
+from controlroom.backbones.image_encoder import clip_pixels
+from controlroom.backbones.lora_names import UNET
+from controlroom.backbones.subject_encoder import (
+    EncoderShape,
+    QFormerShape,
+    SubjectEncoder,
+    SubjectReader,
+    load_subject_reader,
+    save_subject_reader,
+    told_with,
+)
+from controlroom.core.branch import Condition
+from controlroom.data.groups import Group
+from controlroom.sampling.pipeline import Pipeline
+from controlroom.training.base_model import BaseModel as Networks
+from controlroom.training.grouped import EncodedGroups, GroupBatch
+from controlroom.training.objective import Objective, ObjectiveSettings
+from controlroom.training.randomness import StepRandom
+from controlroom.training.recipe import Losses
+
+WITHOUT_SUBJECT = 0.15
+"""Share of samples that words alone describe, where the UNet learns."""
+
+
+class BLIPSubjectSettings(BaseModel):
+    """Sizes of what learns; the published encoder has 12 layers and is as wide as the words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    queries: PositiveInt = 16
+    """Vectors of a subject."""
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    unet: bool = False
+    """Whether the UNet learns too, as published."""
+    seed: int = Field(default=8, ge=0)
+    """Of the encoder's first weights."""
+
+
+class BLIPSubjectRecipe:
+    """Recipe: a subject encoder for any Stable Diffusion 1, 2 or XL model.
+
+    Args:
+        pipe: the model; it is only read.
+        image_encoder: a `CLIPVisionModelWithProjection`, frozen.
+        groups: pictures whose captions begin with "a" and the word for their first subject; others are not looked at.
+        settings: sizes of what learns.
+        objective: of the loss; None: the plain error, as published.
+        held_out: groups that are never trained on, for `validate`.
+        size: height and width of the pictures; None: the model's own.
+        cache_folder: where latents and features are kept; None: in memory.
+
+    Exported are ``config.json`` and ``model.safetensors`` with the published keys, the image encoder beside them, and,
+    where it learned, the UNet in diffusers' layout in ``unet``.
+
+    Raises:
+        InputError: no groups, or a picture without a caption.
+    """
+
+    name = "blip_subject"
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        image_encoder: Any,
+        groups: Sequence[Group],
+        settings: BLIPSubjectSettings | None = None,
+        objective: ObjectiveSettings | None = None,
+        held_out: Sequence[Group] = (),
+        size: tuple[int, int] | None = None,
+        cache_folder: Path | None = None,
+    ) -> None:
+        self.settings = settings or BLIPSubjectSettings()
+        self.base = Networks(pipe, trains=(UNET,) if self.settings.unet else ())
+        self.objective = Objective(self.base.backbone.scheduler, objective)
+        tables = [encoder.get_input_embeddings().weight for encoder in self.base.text_encoders().values()]
+        tokenizer = self.base.backbone.tokenizers()[0]
+        shape = QFormerShape(
+            hidden_size=sum(int(table.shape[1]) for table in tables),
+            num_hidden_layers=self.settings.layers,
+            num_attention_heads=self.settings.heads,
+            intermediate_size=4 * sum(int(table.shape[1]) for table in tables),
+            encoder_hidden_size=int(image_encoder.config.hidden_size),
+            cross_attention_frequency=1,
+            vocab_size=int(tables[0].shape[0]),
+            max_position_embeddings=int(tokenizer.model_max_length),
+        )
+        torch.manual_seed(self.settings.seed)
+        whole = EncoderShape(qformer_config=shape, num_query_tokens=self.settings.queries)
+        encoder = SubjectEncoder.beside_words(whole, tables[0]).to(self.base.device)
+        self.reader = SubjectReader(encoder, tokenizer, image_encoder.eval().requires_grad_(False))
+        encoder.requires_grad_(True)
+        for module in self.base.trained().values():
+            module.requires_grad_(True)
+        self.shown = EncodedGroups(self.base, groups, self.states, image_encoder, size, cache_folder)
+        self.unseen = EncodedGroups(self.base, held_out, self.states, image_encoder, size) if held_out else None
+        self.dataset_size: int | None = len(self.shown)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"subject_encoder": self.reader.encoder, **self.base.trained()}
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {**self.base.frozen(), "image_encoder": self.reader.image_encoder}
+
+    def fingerprint(self) -> str:
+        """Pictures and words; sizes; what is left out how often."""
+        objective = self.objective.settings.model_dump_json()
+        return f"{self.shown.fingerprint()} {self.settings.model_dump_json()} {WITHOUT_SUBJECT} {objective}"
+
+    @torch.no_grad()
+    def states(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """[n, length, reads]: what the image encoder says of pictures of subjects, as in a run."""
+        side = self.reader.side
+        square = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in pictures]
+        return self.reader.seen(clip_pixels(square, side))
+
+    def batch(self, indices: Sequence[int], step: int) -> GroupBatch:
+        return self.shown.batch(indices)
+
+    def condition(self, batch: GroupBatch) -> Condition:
+        """What the network is told: the captions with the subjects in them, with gradients."""
+        ids, mask = self.reader.words([words[0] for words in batch.words])
+        vectors = self.reader.encoder(batch.features[:, 0], ids, mask)
+        return told_with(self.base.backbone, batch.prompts, vectors, self.shown.size)
+
+    def loss(self, batch: GroupBatch, step: int, rng: StepRandom) -> Losses:
+        told = self.condition(batch)
+        if self.settings.unet:
+            alone = rng.choice("subject", (1 - WITHOUT_SUBJECT, WITHOUT_SUBJECT)) == 1
+            plain = self.base.condition(batch.prompts, self.shown.size)
+            told = replace(
+                told,
+                tokens=torch.where(alone[:, None, None], plain.tokens, told.tokens),
+                pooled=told.pooled
+                if told.pooled is None or plain.pooled is None
+                else torch.where(alone[:, None], plain.pooled, told.pooled),
+            )
+        each = self.objective.loss(lambda noisy, t: self.base.predict(noisy, t, told), batch.latents, rng)
+        return Losses(each.mean(), {"mse": each.mean().detach()})
+
+    def error(self, batch: GroupBatch, subject: bool = True) -> float:
+        """Unweighted error of pictures at four noise levels, with the same noise every time."""
+        told = self.condition(batch) if subject else self.base.condition(batch.prompts, self.shown.size)
+        return self.objective.held_out(lambda noisy, t: self.base.predict(noisy, t, told), batch.latents)
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Error on held-out pictures with their subjects, and by words alone."""
+        if self.unseen is None:
+            return {}
+        batch = self.unseen.batch(range(len(self.unseen)))
+        return {"held_out": self.error(batch), "by_words": self.error(batch, subject=False)}
+
+    def export(self, folder: Path) -> None:
+        save_subject_reader(self.reader, folder)
+        for name, module in self.base.trained().items():
+            module.save_pretrained(folder / name)
+
+    def load(self, folder: Path) -> None:
+        self.reader.encoder.load_state_dict(load_subject_reader(folder, self.base.backbone).encoder.state_dict())
+        for name, module in self.base.trained().items():
+            module.load_state_dict(type(module).from_pretrained(folder / name).state_dict())
