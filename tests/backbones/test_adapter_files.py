@@ -12,8 +12,8 @@ import torch
 from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
 from safetensors.torch import save_file
 
-from controlroom.backbones.adapter_families import SD1, SD2, XL
 from controlroom.backbones.adapter_files import recognise, recognise_header
+from controlroom.backbones.bases import SD1, SD2, XL
 from controlroom.backbones.file_header import Header, header_of
 from controlroom.backbones.loading import theatre_folder
 from controlroom.core.errors import ModelError

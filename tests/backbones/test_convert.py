@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import controlroom as cr
-from controlroom.backbones.adapter_families import SD1, SD2, XL
 from controlroom.backbones.adapter_files import recognise
+from controlroom.backbones.bases import SD1, SD2, XL
 from controlroom.backbones.convert import convert
 from controlroom.backbones.lora_names import UNET
 from controlroom.backbones.standard_models import empty_names

@@ -10,12 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from controlroom.backbones.bases import SD1, SD2, XL, base_of
 from controlroom.backbones.file_header import Header
 from controlroom.backbones.lora_files import SLOTS
 
-SD1, SD2, XL = "Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL"
-BASES = {768: SD1, 1024: SD2, 2048: XL}
-"""Width of the states of words -> who has it."""
 _NORM = r"\.(weight|bias)"
 
 
@@ -50,11 +48,6 @@ class Family:
         """Whether a file has the signature."""
         pattern = re.compile(self.signature)
         return any(pattern.match(key) for key in header.shapes)
-
-
-def base_of(width: int | None) -> str:
-    """The model whose words are that wide; "" where the width is not known."""
-    return "" if width is None else BASES.get(width, f"a model with words {width} wide")
 
 
 def words_width(header: Header, *parts: str) -> int | None:

@@ -15,12 +15,12 @@ from controlroom.backbones.adapter_families import (
     FAMILIES,
     KNOWN,
     WORDS,
-    base_of,
     looks_like_words,
     reads,
     used_with,
     words_width,
 )
+from controlroom.backbones.bases import base_of
 from controlroom.backbones.file_header import Header, read_header
 from controlroom.backbones.model_files import read_json
 from controlroom.core.errors import ModelError

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from controlroom.backbones.bases import BASES
 from controlroom.backbones.completeness import check_keys
 from controlroom.backbones.model_files import explained, read_safetensors
 from controlroom.core.errors import ModelError
@@ -27,8 +28,6 @@ MULTI_CHANNELS = 3 + len(CONDITION_KINDS)
 """Channels that such a network reads."""
 
 _CLASS = "ControlNetModel"
-_BASES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
-"""Width of the states of words -> who has it."""
 # Weights of the SDXL conditions in the original layout, which diffusers does not convert for ControlNets.
 _LABELS = {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
 # Original key -> diffusers' key of the layers that embed the condition; they alternate with activations.
@@ -190,7 +189,7 @@ def _base(width: int) -> str:
     >>> _base(1024), _base(32)
     ('Stable Diffusion 2 (words 1024 wide)', 'one with words 32 wide')
     """
-    return f"{_BASES[width]} (words {width} wide)" if width in _BASES else f"one with words {width} wide"
+    return f"{BASES[width]} (words {width} wide)" if width in BASES else f"one with words {width} wide"
 
 
 def _all(value: Any, unet: Any) -> list[Any]:

@@ -1,11 +1,14 @@
-"""From features of a picture to tokens that cross-attention reads: the four networks of IP-Adapter's files.
+"""From features of a picture to tokens that cross-attention reads: the five networks of IP-Adapter's files.
 
 IP-Adapter (Ye et al., arXiv 2308.06721): a linear layer (base), a layer for each state (full face), a small network for
-a face's identity (FaceID), and a resampler with learned queries (plus; after Perceiver, arXiv 2103.03206, and Flamingo,
-arXiv 2204.14198). Parameters are named as in the files; every size is inferred from the tensors' shapes.
+a face's identity (FaceID), a resampler with learned queries (plus; after Perceiver, arXiv 2103.03206, and Flamingo,
+arXiv 2204.14198), and one whose queries are a face's identity (FaceID-plus). Parameters are named as in the files;
+every size is inferred from the tensors' shapes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +79,58 @@ class IdentityProjection(ImageProjection):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Tokens of each face."""
         return self.norm(self.proj(features).unflatten(-1, (-1, self.width)))
+
+
+class FaceProjection(ImageProjection):
+    """A face's identity and the states of its picture -> [n, tokens, width] (FaceID-plus).
+
+    The identity becomes tokens, which attend to the states as a resampler's do. Both come as one tensor, see `packed`.
+
+    Attributes:
+        face: width of the identity.
+        between: of the tokens within the resampler.
+    """
+
+    states = True
+    identity = True
+
+    def __init__(
+        self,
+        face: int,
+        reads: int,
+        between: int,
+        hidden: int,
+        width: int,
+        tokens: int,
+        depth: int,
+        inner: int,
+        feed: int,
+    ) -> None:
+        super().__init__()
+        self.face, self.reads, self.between, self.width = face, reads, between, width
+        self.proj = nn.Sequential(nn.Linear(face, hidden), nn.GELU(), nn.Linear(hidden, tokens * between))
+        self.norm = nn.LayerNorm(between)
+        self.perceiver_resampler = nn.Module()
+        self.perceiver_resampler.proj_in = nn.Linear(reads, between)
+        self.perceiver_resampler.proj_out = nn.Linear(between, width)
+        self.perceiver_resampler.norm_out = nn.LayerNorm(width)
+        self.perceiver_resampler.layers = resampler_layers(between, depth, inner, feed)
+
+    def packed(self, identity: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """[..., face] and [..., length, reads] -> [..., 1 + length, the wider of both], the identity first."""
+        wide = max(self.face, self.reads)
+        first = F.pad(identity[..., None, :], (0, wide - self.face))
+        return torch.cat([first, F.pad(states, (0, wide - self.reads)).to(first)], dim=-2)
+
+    def face_tokens(self, features: torch.Tensor) -> torch.Tensor:
+        """Tokens [..., tokens, between] of the identity alone, out of what `packed` gave."""
+        return self.norm(self.proj(features[..., 0, : self.face]).unflatten(-1, (-1, self.between)))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Tokens of each face."""
+        read: Any = self.perceiver_resampler
+        states = read.proj_in(features[:, 1:, : self.reads])
+        return read.norm_out(read.proj_out(resampled(read.layers, states, self.face_tokens(features))))
 
 
 class Resampler(ImageProjection):
@@ -165,7 +220,14 @@ def projection_for(shapes: dict[str, tuple[int, ...]]) -> ImageProjection:
             hidden, reads = shapes["proj.0.weight"]
             return StateProjection(reads, hidden, shapes["proj.2.weight"][0])
         width = shapes["norm.weight"][0]
-        if "proj.2.weight" in shapes and not any(key.startswith("perceiver_resampler.") for key in shapes):
+        if "perceiver_resampler.proj_in.weight" in shapes:
+            inside = {key.removeprefix("perceiver_resampler."): shape for key, shape in shapes.items()}
+            depth = 1 + max(int(key.split(".")[1]) for key in inside if key.startswith("layers."))
+            (hidden, face), (between, reads) = shapes["proj.0.weight"], inside["proj_in.weight"]
+            inner, feed = inside["layers.0.0.to_q.weight"][0], inside["layers.0.1.1.weight"][0]
+            tokens, out = shapes["proj.2.weight"][0] // between, inside["proj_out.weight"][0]
+            return FaceProjection(face, reads, between, hidden, out, tokens, depth, inner, feed)
+        if "proj.2.weight" in shapes:
             hidden, reads = shapes["proj.0.weight"]
             return IdentityProjection(reads, hidden, width, shapes["proj.2.weight"][0] // width)
         if "proj.weight" in shapes:
@@ -176,5 +238,5 @@ def projection_for(shapes: dict[str, tuple[int, ...]]) -> ImageProjection:
     found = ", ".join(sorted(shapes)[:6]) or "nothing"
     raise ModelError(
         f"The image projection of this IP-Adapter is of no known kind (it has {found}). Known are base, plus, "
-        "full face and FaceID; FaceID-plus is not supported."
+        "full face, FaceID and FaceID-plus."
     )

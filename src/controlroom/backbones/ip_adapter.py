@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from controlroom.backbones.bases import base_of
 from controlroom.backbones.image_aggregator import (
     Aggregate,
     AggregatorSettings,
@@ -231,6 +232,11 @@ def check_adapter(model: IPAdapterModel, unet: Any, name: str = "the IP-Adapter"
     problem = ""
     if carriers != wanted:
         problem = f"it has {len(carriers)} cross-attention layers, this model {len(wanted)}"
+    width = unet.config.cross_attention_dim
+    width = width if isinstance(width, int) else width[0]
+    # Stable Diffusion 1 and 2 differ in this alone.
+    if model.image_proj.width != width and not problem:
+        problem = f"its tokens are {model.image_proj.width} wide, this model's words {width}"
     for layer, number in numbers.items() if not problem else ():
         for part in ("k", "v"):
             inner = getattr(modules[layer], f"to_{part}").weight.shape[0]
@@ -245,7 +251,8 @@ def check_adapter(model: IPAdapterModel, unet: Any, name: str = "the IP-Adapter"
             )
             problem = "" if fits else f"its {key} does not fit"
     if problem:
-        raise ModelError(f"{name} was made for another base model: {problem}. Use the one for this model.")
+        made = base_of(model.image_proj.width)
+        raise ModelError(f"{name} was made for another base model, {made}: {problem}. Use the one for this model.")
 
 
 def adapter_file(path: Path) -> Path:

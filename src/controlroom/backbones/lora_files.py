@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from controlroom.backbones.bases import base_of
 from controlroom.backbones.lora_dialects import SECOND_TEXT, kohya_parts, low_rank_parts, peft_config
 from controlroom.backbones.lora_layers import Applied, Factors, Full, Hadamard, Kronecker, LayerChange, LowRank
 from controlroom.backbones.lora_names import PARTS, TEXT, TEXT_2, UNET, Layer, Names
@@ -54,7 +55,6 @@ _OLD = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
 _WORD = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\.\*|clip_l|clip_g)")
 _ENCODERS = ("string_to_param.*", "clip_l", "clip_g")
 """Ends of the keys of a learned word, in the order of the text encoders."""
-_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 
 
 @dataclass(frozen=True)
@@ -347,5 +347,5 @@ def _maker(found: Mapping[Layer, Mapping[str, Tensor]]) -> str:
     for (part, path), slots in found.items():
         if part != TEXT and "attn2" in path and ("to_k" in path or "to_v" in path) and "down" in slots:
             width = int(slots["down"].shape[1]) if slots["down"].ndim > 1 else 0
-            return f" It was made for {_WIDTHS.get(width, f'text {width} wide')}."
+            return f" It was made for {base_of(width)}."
     return ""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from controlroom.backbones.adapter_families import SD1, SD2, XL
+from controlroom.backbones.bases import SD1, SD2, XL
 from controlroom.backbones.loading import THEATRE, find_model, theatre_folder
 from controlroom.backbones.lora_names import PARTS, TEXT, TEXT_2, UNET, Names
 from controlroom.backbones.model_files import explained, read_json

@@ -22,6 +22,7 @@ from pydantic import Field, field_validator
 
 from controlroom.backbones.image_aggregator import Aggregate
 from controlroom.backbones.image_encoder import check_image_encoder, image_features
+from controlroom.backbones.image_projection import FaceProjection, ImageProjection
 from controlroom.backbones.ip_adapter import (
     IPAdapterModel,
     adapted_attention,
@@ -78,13 +79,14 @@ class IPAdapter(Control):
 
     Args:
         model: ``.safetensors`` file (or a folder with one), downloaded hub id with the path inside, name of the
-            theatre, a mapping of tensors with a file's keys, or an `IPAdapterModel`. Base, plus, full face and FaceID
-            files are told apart by their keys; FaceID's changes to the layers act in the whole run.
+            theatre, a mapping of tensors with a file's keys, or an `IPAdapterModel`. Base, plus, full face, FaceID and
+            FaceID-plus files are told apart by their keys; FaceID's changes to the layers act in the whole run.
         image: a picture, or a list of several: their tokens are joined. A list of lists: one list for each prompt. A
             float tensor ``[n, 3, S, S]`` of the image encoder's size with values outside [0, 1] is taken as normalised
             already.
-        embeds: features instead of pictures: ``[pictures, …]``, or ``[2, pictures, …]`` with those of the branch
-            without words first, as diffusers' ``ip_adapter_image_embeds``.
+        embeds: features instead of pictures (for FaceID-plus a face's identity, beside its picture): ``[pictures, …]``,
+            or ``[2, pictures, …]`` with those of the branch without words first, as diffusers'
+            ``ip_adapter_image_embeds``.
         scale: a number; by layer, ``{"up": {"block_0": [0.0, 1.0, 0.0]}}`` (the rest is 0); or a list of one number for
             each picture, which are then attended to by themselves. 0 is the absence of the control.
         mask: white where the pictures act; or one for each picture, which are then attended to by themselves.
@@ -95,6 +97,8 @@ class IPAdapter(Control):
             then of all together. None: as the file says, which is ``tokens`` for all published ones.
         image_encoder: folder or loaded `CLIPVisionModelWithProjection`; None: the folder ``image_encoder`` beside the
             file.
+        shortcut: of FaceID-plus, version 2, whose files are like those of version 1: weight of what was read of the
+            picture beside the identity's own tokens (published: 1). None: version 1.
 
     Raises:
         InputError: neither or both of image and embeds; at the start of a run, something that does not fit.
@@ -112,6 +116,7 @@ class IPAdapter(Control):
     end: float = Field(default=1.0, ge=0.0, le=1.0)
     aggregate: Aggregate | None = None
     image_encoder: Any = None
+    shortcut: float | None = None
 
     @field_validator("scale", mode="after")
     @classmethod
@@ -136,9 +141,12 @@ class IPAdapter(Control):
         return adapted_attention(adapter, backbone.unet) if adapter.adapts_attention else None
 
     def prepare(self, run: Run) -> _Memory:
-        if (self.image is None) == (self.embeds is None):
-            raise InputError("IPAdapter needs a picture: give image or embeds, one of them.")
         adapter = self._adapter(run.backbone)
+        if isinstance(adapter.image_proj, FaceProjection):
+            if self.image is None or self.embeds is None:
+                raise InputError("A FaceID-plus adapter reads a face's identity and picture: give embeds and image.")
+        elif (self.image is None) == (self.embeds is None):
+            raise InputError("IPAdapter needs a picture: give image or embeds, one of them.")
         positive, negative = self._features(run, adapter)
         tokens = {False: self._tokens(adapter, positive)}
         if negative is not None:
@@ -224,6 +232,8 @@ class IPAdapter(Control):
         """Features of the pictures [1 or images, pictures, …], and those of the branches without words."""
         needed = any(branch.role == "uncond" for branch in run.plan.branches.values())
         projection = adapter.image_proj
+        if isinstance(projection, FaceProjection):
+            return self._face_features(run, adapter, projection, needed)
         if self.embeds is not None:
             positive, negative = given_features(self.embeds, projection.reads, 2 if projection.states else 1)
             if needed and negative is None and projection.states:
@@ -233,27 +243,54 @@ class IPAdapter(Control):
         else:
             if projection.identity:
                 raise InputError("A FaceID adapter reads a face's identity vector, not a picture. Give it as embeds.")
-            encoder = self._encoder(run, adapter)
-            pixels = prompt_pixels(self.image, encoder.config.image_size, run.images)
-            flat = image_features(encoder, pixels.flatten(0, 1), projection.states)
-            positive, negative = flat.unflatten(0, pixels.shape[:2]), None
-            if needed and projection.states:
-                # One black-out picture serves all: zeros after normalisation, as in training.
-                zero = image_features(encoder, torch.zeros_like(pixels[0, :1]), states=True)[None]
-                negative = zero.expand(-1, positive.shape[1], -1, -1)
-        if positive.shape[-1] != projection.reads:
-            raise ModelError(
-                f"The features are {positive.shape[-1]} wide, this adapter reads {projection.reads}. Give the image "
-                "encoder that belongs to it (image_encoder=…)."
-            )
+            positive, negative = self._picture_features(run, adapter, needed)
+        _check_width(positive, projection)
         if needed and negative is None:
             negative = torch.zeros_like(positive[:1])
         return positive.to(run.device, run.dtype), None if negative is None else negative.to(run.device, run.dtype)
 
+    def _picture_features(
+        self, run: Run, adapter: IPAdapterModel, needed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Features of the pictures, and those of no picture where they are not zeros."""
+        projection, encoder = adapter.image_proj, self._encoder(run, adapter)
+        pixels = prompt_pixels(self.image, encoder.config.image_size, run.images)
+        flat = image_features(encoder, pixels.flatten(0, 1), projection.states)
+        positive, negative = flat.unflatten(0, pixels.shape[:2]), None
+        if needed and projection.states:
+            # One black-out picture serves all: zeros after normalisation, as in training.
+            zero = image_features(encoder, torch.zeros_like(pixels[0, :1]), states=True)[None]
+            negative = zero.expand(-1, positive.shape[1], -1, -1)
+        return positive, negative
+
+    def _face_features(
+        self, run: Run, adapter: IPAdapterModel, projection: FaceProjection, needed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Identities and pictures of faces in one tensor, and those of no face."""
+        identity, nobody = given_features(self.embeds, projection.face, 1)
+        positive, negative = self._picture_features(run, adapter, needed)
+        _check_width(positive, projection)
+        if identity.shape[1] != positive.shape[1]:
+            raise InputError(
+                f"There are {identity.shape[1]} identities in embeds and {positive.shape[1]} pictures. Give as many."
+            )
+        place = {"device": run.device, "dtype": run.dtype}
+        found = projection.packed(identity.expand(positive.shape[0], -1, -1).to(**place), positive.to(**place))
+        if negative is None:
+            return found, None
+        nobody = torch.zeros_like(identity) if nobody is None else nobody
+        return found, projection.packed(nobody.to(**place), negative.to(**place))
+
     def _tokens(self, adapter: IPAdapterModel, features: torch.Tensor) -> torch.Tensor:
         """[rows, pictures, …] -> [rows, groups, length, width]."""
+        projection, features = adapter.image_proj, features.to(next(adapter.parameters()).dtype)
         with torch.no_grad():
-            return adapter.tokens(features.to(next(adapter.parameters()).dtype), self.aggregate)
+            found = adapter.tokens(features, self.aggregate)
+            if self.shortcut is None:
+                return found
+            if not isinstance(projection, FaceProjection) or (self.aggregate or adapter.aggregate) != "tokens":
+                raise InputError("shortcut is for FaceID-plus adapters whose pictures stay apart. Leave it out.")
+            return projection.face_tokens(features) + self.shortcut * found
 
     def _encoder(self, run: Run, adapter: IPAdapterModel) -> Any:
         encoder = self.image_encoder
@@ -264,6 +301,14 @@ class IPAdapter(Control):
         if isinstance(self.model, str | os.PathLike):
             path = adapter_file(find_model(self.model, "IP-Adapter"))
         return find_image_encoder(encoder, path, adapter.image_proj, run.backbone)
+
+
+def _check_width(features: torch.Tensor, projection: ImageProjection) -> None:
+    if features.shape[-1] != projection.reads:
+        raise ModelError(
+            f"The features are {features.shape[-1]} wide, this adapter reads {projection.reads}. Give the image "
+            "encoder that belongs to it (image_encoder=…)."
+        )
 
 
 def _masks(mask: Any) -> list[Any]:
