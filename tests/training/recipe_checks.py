@@ -21,8 +21,8 @@ def painted(colours: tuple[str, ...] = ("red", "blue", "green"), **more: Any) ->
     """A flat picture of each colour, captioned "a COLOUR cat"."""
 
     def one(colour: str) -> Picture:
-        values: dict[str, Any] = {"caption": f"a {colour} cat", **more}
-        return Picture(f"{colour}.png", colour, (32, 32), lambda: Image.new("RGB", (32, 32), colour), **values)
+        plain = {"size": (32, 32), "read": lambda: Image.new("RGB", (32, 32), colour), "caption": f"a {colour} cat"}
+        return Picture(f"{colour}.png", colour, **{**plain, **more})
 
     return tuple(one(colour) for colour in colours)
 

@@ -133,3 +133,21 @@ def test_dreambooth_lora_moves_and_continues(tmp_path: Path) -> None:
 def test_subject_needs_a_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs a name"):
         maker(tmp_path, DreamBoothLoRASettings(), caption="")()
+
+
+def test_pictures_keep_their_shape_in_buckets(tmp_path: Path) -> None:
+    """Wide and square pictures train together, each batch of one size, and a broken run continues."""
+
+    def made() -> Any:
+        wide = painted(("red", "blue"), size=(64, 32), read=lambda: Image.new("RGB", (64, 32), "red"))
+        return LoRASettings(rank=2).build(
+            cr.Pipeline.from_diffusers(tiny_sd1()), (*wide, *painted(("green",))), tmp_path
+        )
+
+    recipe = made()
+    order = recipe.order(2, 3, 0)
+    sizes = {recipe.batch(order.indices(range(2 * step, 2 * step + 2)), step)[0].size for step in range(4)}
+    assert len(sizes) == 2 and (32, 32) in sizes and all(h * w <= 32 * 32 for h, w in sizes)
+    wide = next(h_w for h_w in sizes if h_w != (32, 32))
+    assert wide[1] / wide[0] == pytest.approx(2, abs=0.6)
+    check_resumes(made, tmp_path)

@@ -158,7 +158,8 @@ def _joined(conditions: Sequence[Condition]) -> Condition:
         parts = [getattr(condition, name) for condition in conditions]
         return None if parts[0] is None else torch.cat(parts)
 
-    tokens = torch.cat([condition.tokens for condition in conditions])
+    # Autocast may give rows of several precisions; what is learned from them is float32 anyway.
+    tokens = torch.cat([condition.tokens.float() for condition in conditions])
     return Condition(tokens, rows("mask"), rows("pooled"), rows("time_ids"))
 
 

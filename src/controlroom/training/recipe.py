@@ -68,6 +68,23 @@ class FiniteData(Protocol):
     """Number of samples of a finite dataset; None if it is endless."""
 
 
+class Order(Protocol):
+    """Which datum each sample of a step shows."""
+
+    def indices(self, slots: Sequence[int]) -> list[int]:
+        """Data of these slots, all of one step."""
+        ...
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """A recipe whose data has an order of its own: batches of one bucket."""
+
+    def order(self, batch_size: int, seed: int, first_slot: int) -> Order:
+        """The order for batches of that size, of a run whose first sample has that number."""
+        ...
+
+
 @runtime_checkable
 class Validates(Protocol):
     """A recipe that measures itself on the way."""

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch import Tensor
 
 from controlroom.core.errors import InputError
-from controlroom.core.images import fit
 from controlroom.data.pictures import Picture, fingerprint
 from controlroom.training.base_model import BaseModel
+from controlroom.training.buckets import Bucket, BucketOrder, Buckets, Crop, crop_to
 from controlroom.training.randomness import seed_of
 
 
@@ -30,16 +31,18 @@ class ShownBatch:
         prompts: B texts.
         mask: [B, 1, H, W] in [0, 1], what counts; None: everything.
         names: of the pictures.
+        size: height and width of the pictures in pixels.
     """
 
     latents: Tensor
     prompts: tuple[str, ...]
     mask: Tensor | None
     names: tuple[str, ...]
+    size: tuple[int, int]
 
 
 class Shown:
-    """Pictures of one size with their words, encoded once.
+    """Pictures with their words, encoded once: of one size, or each of the nearest of several shapes.
 
     Args:
         base: the model; its autoencoder encodes.
@@ -48,6 +51,8 @@ class Shown:
         captions: whether captions of the pictures are used where there are any.
         size: height and width; pictures are cropped around their centre. None: the model's own.
         flip: also show each picture mirrored (not for faces that are not symmetric).
+        buckets: whether pictures keep their shape: each goes to the nearest of some sizes with as many pixels as
+            ``size``; batches must then be of one of them, as those of `order` are.
 
     Raises:
         InputError: no picture, one that cannot be read, or one without words.
@@ -61,25 +66,34 @@ class Shown:
         captions: bool = True,
         size: tuple[int, int] | None = None,
         flip: bool = False,
+        buckets: bool = False,
     ) -> None:
         if not pictures:
             raise InputError("There is no picture to train on.")
         self.pictures = tuple(pictures)
         self.size = size or base.backbone.default_size
         self.prompts = tuple(_words(p, prompt, captions) for p in pictures)
-        height, width = self.size
-        read = [fit(p.read(), width, height, "crop") for p in pictures]
-        if flip:
-            from PIL import ImageOps
-
-            read += [ImageOps.mirror(picture) for picture in read]
         self.flip = flip
-        self.latents = base.latents(read, self.size)
-        self.masks: Tensor | None = None
+        height, width = self.size
+        self.crops = tuple(crop_to(p.size, Bucket(width, height)) for p in pictures)
+        if buckets:
+            step = max(base.backbone.pixels_per_latent, min(64, min(self.size) // 8))
+            shapes = Buckets((width, height), step)
+            self.crops = tuple(shapes.crop(p) for p in pictures)
+        read = [crop.apply(p.read()) for p, crop in zip(pictures, self.crops, strict=True)]
+        self.latents = [base.latents([one], crop.bucket.size)[0] for one, crop in zip(read, self.crops, strict=True)]
+        self.masks: list[Tensor] | None = None
         if any(p.read_mask is not None for p in pictures):
-            self.masks = torch.stack([_mask(p, width, height) for p in pictures]).to(base.device)
-            if flip:
-                self.masks = torch.cat([self.masks, self.masks.flip(-1)])
+            self.masks = [_mask(p, crop).to(base.device) for p, crop in zip(pictures, self.crops, strict=True)]
+        if flip:
+            # What is mirrored is the picture and not its latents: the autoencoder is not quite symmetric.
+            mirrored = [ImageOps.mirror(one) for one in read]
+            self.latents += [
+                base.latents([one], crop.bucket.size)[0] for one, crop in zip(mirrored, self.crops, strict=True)
+            ]
+            self.crops *= 2
+            if self.masks is not None:
+                self.masks += [mask.flip(-1) for mask in self.masks]
         self._places = [i for i, p in enumerate(pictures) for _ in range(p.repeats)]
         if flip:
             self._places += [len(self.pictures) + i for i in self._places]
@@ -90,16 +104,27 @@ class Shown:
 
     def fingerprint(self) -> str:
         """Whatever a resumed run must share: pictures, words, size."""
-        text = f"{fingerprint(self.pictures)} {self.prompts} {self.size} flip={self.flip}"
+        sizes = sorted({crop.key for crop in self.crops})
+        text = f"{fingerprint(self.pictures)} {self.prompts} {sizes} flip={self.flip}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def batch(self, indices: Sequence[int]) -> ShownBatch:
         """Pictures of these numbers, below ``len(self)``."""
         rows = [self._places[index] for index in indices]
         plain = [row % len(self.pictures) for row in rows]
-        mask = None if self.masks is None else self.masks[rows]
-        prompts = tuple(self.prompts[row] for row in plain)
-        return ShownBatch(self.latents[rows], prompts, mask, tuple(self.pictures[row].name for row in plain))
+        mask = None if self.masks is None else torch.stack([self.masks[row] for row in rows])
+        return ShownBatch(
+            torch.stack([self.latents[row] for row in rows]),
+            tuple(self.prompts[row] for row in plain),
+            mask,
+            tuple(self.pictures[row].name for row in plain),
+            self.crops[rows[0]].bucket.size,
+        )
+
+    def order(self, batch_size: int, seed: int, first_slot: int) -> BucketOrder:
+        """Batches of one size, every picture as often an epoch as it repeats."""
+        places = [self.crops[row].bucket for row in self._places]
+        return BucketOrder(places, None, batch_size, seed, first_slot=first_slot)
 
     def beside(self, step: int, rows: int, seed: int = 0) -> ShownBatch:
         """Pictures drawn anew for this step, each as likely as any other: a class beside its subject."""
@@ -116,12 +141,11 @@ def _words(picture: Picture, prompt: str | None, captions: bool) -> str:
     return found
 
 
-def _mask(picture: Picture, width: int, height: int) -> Tensor:
+def _mask(picture: Picture, crop: Crop) -> Tensor:
     """[1, H, W], cropped as the picture is; all ones where there is none."""
     if picture.read_mask is None:
-        return torch.ones(1, height, width)
-    cropped = fit(picture.read_mask().convert("RGB"), width, height, "crop").convert("L")
-    mask = torch.from_numpy(np.asarray(cropped, np.float32) / 255)[None]
+        return torch.ones(1, crop.bucket.height, crop.bucket.width)
+    mask = torch.from_numpy(np.asarray(crop.apply_mask(picture.read_mask()), np.float32) / 255)[None]
     if not bool(mask.any()):
         raise InputError(f"The mask of {picture.name} is black within the crop; nothing of it would count.")
     return mask

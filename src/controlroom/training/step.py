@@ -15,7 +15,7 @@ from controlroom.training.ema import Ema
 from controlroom.training.hardware import moved
 from controlroom.training.processes import Processes
 from controlroom.training.randomness import DataOrder, StepRandom, parts_of, seed_of, slots_of
-from controlroom.training.recipe import AfterStep, FiniteData, Losses, Recipe
+from controlroom.training.recipe import AfterStep, FiniteData, Losses, Ordered, Recipe
 from controlroom.training.settings import TrainSettings
 
 
@@ -39,7 +39,12 @@ class Stepper:
         self.parameters, self.optimizer, self.ema = list(parameters.values()), optimizer, ema
         self.start_samples = start_samples
         self._size = recipe.dataset_size if isinstance(recipe, FiniteData) else None
-        self._order = DataOrder(settings.seed, self._size)  # used by the thread that makes batches, if there is one
+        # Used by the thread that makes batches, if there is one.
+        self._order = (
+            recipe.order(settings.batch_size, settings.seed, start_samples)
+            if isinstance(recipe, Ordered)
+            else DataOrder(settings.seed, self._size)
+        )
         # -- what the processes must have in common and gradients do not give them: running statistics --
         modules = recipe.modules().values()
         self._statistics = [b for m in modules for b in m.buffers() if b.is_floating_point()]

@@ -117,6 +117,12 @@ def _ip_adapter() -> Recipe[Any]:
     return TheatreIPAdapter(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
 
 
+def _ip_adapter_multi(aggregate: Literal["attention", "tokens", "max", "average"]) -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_ip_adapter_multi import theatre_ip_adapter_multi
+
+    return theatre_ip_adapter_multi(*_trained_parts(), RUNS / "ip_adapter/weights", aggregate)
+
+
 def _instruct_pix2pix() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_instruct_pix2pix import TheatreInstructPix2Pix
 
@@ -257,6 +263,19 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         _ip_adapter,
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
     ),
+    # Attention between pictures of one person, and the same further training for the other ways.
+    **{
+        f"ip_adapter_{name}": (
+            partial(_ip_adapter_multi, aggregate),
+            _CONTROL | {"total_samples": 16_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
+        )
+        for name, aggregate in (
+            ("attention", "attention"),
+            ("single", "tokens"),
+            ("max", "max"),
+            ("average", "average"),
+        )
+    },
     "inpaint": (
         _inpaint,
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},

@@ -1,14 +1,15 @@
 """LoRA (Hu et al., arXiv 2106.09685) on pictures with captions: a person, a thing or a style as a small file.
 
 Low-rank layers beside the attention of the frozen UNet, and of the text encoders where asked, learn to denoise the
-pictures from their captions. Deviation from the trainers people use: nothing is shuffled or cropped at random unless a
-setting says so, and the file always says its alpha.
+pictures from their captions. Deviation from the trainers people use: nothing is cropped at random, and the file
+always says its alpha.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from controlroom.backbones.lora_names import PARTS, UNET
 from controlroom.data.pictures import Picture
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
+from controlroom.training.buckets import BucketOrder
 from controlroom.training.low_rank import ATTENTION, LowRankLayers, layers_ending
 from controlroom.training.objective import Objective
 from controlroom.training.prior import subject_loss
@@ -51,11 +53,13 @@ class LoRASettings(RecipeSettings):
     """Share of samples without words, so that guidance keeps its meaning in long trainings; 0.1."""
     flip: bool = False
     """Also show each picture mirrored."""
+    buckets: bool = True
+    """Whether pictures keep their shape, each batch of one; otherwise the middle of ``size`` is cut out."""
     file_format: Literal["diffusers", "kohya"] = "diffusers"
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> LoRARecipe:
         base = BaseModel(pipe)
-        shown = Shown(base, pictures, self.prompt, size=self.hw, flip=self.flip)
+        shown = Shown(base, pictures, self.prompt, size=self.hw, flip=self.flip, buckets=self.buckets)
         return LoRARecipe(base, shown, self)
 
 
@@ -84,7 +88,6 @@ class LoRARecipe:
     ) -> None:
         self.base, self.shown, self.settings = base, shown, settings
         self.beside, self.class_weight = beside, class_weight
-        self.dataset_size: int | None = len(shown)
         names = base.names()
         parts = PARTS if settings.text_encoders else (UNET,)
         chosen = layers_ending(names, settings.layers, parts)
@@ -105,6 +108,10 @@ class LoRARecipe:
         """Names of pictures, for messages."""
         return self.shown.batch(indices).names
 
+    def order(self, batch_size: int, seed: int, first_slot: int) -> BucketOrder:
+        """Batches of one size."""
+        return self.shown.order(batch_size, seed, first_slot)
+
     def batch(self, indices: Sequence[int], step: int) -> tuple[ShownBatch, ShownBatch | None]:
         return self.shown.batch(indices), None if self.beside is None else self.beside.beside(step, len(indices))
 
@@ -116,8 +123,10 @@ class LoRARecipe:
 
     def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """What the adapted network predicts."""
+        scale = self.base.backbone.pixels_per_latent
+        size = (noisy.shape[-2] * scale, noisy.shape[-1] * scale)
         with self.attached():
-            condition = self.base.condition(prompts, self.shown.size, grad=self.settings.text_encoders)
+            condition = self.base.condition(prompts, size, grad=self.settings.text_encoders)
             return self.base.predict(noisy, t, condition)
 
     def loss(self, batch: tuple[ShownBatch, ShownBatch | None], step: int, rng: StepRandom) -> Losses:
@@ -125,7 +134,7 @@ class LoRARecipe:
         if self.settings.without_words:
             left_out = rng.uniform("words") < self.settings.without_words
             prompts = tuple("" if out else text for text, out in zip(subject.prompts, left_out.tolist(), strict=True))
-            subject = ShownBatch(subject.latents, prompts, subject.mask, subject.names)
+            subject = replace(subject, prompts=prompts)
         return subject_loss(self.objective, self.predict, subject, beside, rng, self.class_weight)
 
     def export(self, folder: Path) -> None:
