@@ -117,7 +117,7 @@ def _ip_adapter() -> Recipe[Any]:
     return TheatreIPAdapter(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
 
 
-def _ip_adapter_multi(aggregate: Literal["attention", "tokens", "max", "average"]) -> Recipe[Any]:
+def _ip_adapter_multi(aggregate: Any) -> Recipe[Any]:
     from controlroom.training.recipes.theatre_ip_adapter_multi import theatre_ip_adapter_multi
 
     return theatre_ip_adapter_multi(*_trained_parts(), RUNS / "ip_adapter/weights", aggregate)
@@ -299,6 +299,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so long, with a checkpoint")
     parser.add_argument("--steps", type=int, default=None, help="instead of the stage's number of steps")
+    parser.add_argument("--schedule", choices=("constant", "linear"), help="linear: the rate falls to nothing")
     parser.add_argument("--start-from", type=Path, default=None, help="exported weights to continue from")
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
@@ -313,6 +314,8 @@ def main() -> None:
     if arguments.steps is not None:
         values.pop("total_samples", None)
         values["total_steps"] = arguments.steps
+    if arguments.schedule is not None:
+        values["schedule"] = arguments.schedule
     settings = TrainSettings(
         output_dir=arguments.output or RUNS / arguments.stage,
         threads=arguments.threads,
