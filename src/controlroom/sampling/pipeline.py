@@ -292,6 +292,14 @@ class Pipeline:
             raise InputError(f"output_type is pil, np or pt, got {output_type!r}.")
         return to_images(self.backbone.decode(latents), output_type, [{} for _ in range(latents.shape[0])])
 
+    def unload(self) -> None:
+        """Let go of what controls read from files, which is kept for the next run; the memory is free again.
+
+        Nothing else needs to be undone: a run leaves the model as it was.
+        """
+        with self._lock:
+            self.backbone.kept.clear()
+
     def explain(self, spec: RunSpec) -> Explanation:
         """What a run would do: branches, rows and passes for each step, claims, warnings. Nothing is computed."""
         return explain_plan(plan_run(self.backbone, spec).plan, self.backbone)
