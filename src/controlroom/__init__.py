@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from controlroom.controls.personal.blip_diffusion import BLIPDiffusion as BLIPDiffusion
     from controlroom.controls.personal.ip_adapter import IPAdapter as IPAdapter
     from controlroom.controls.personal.lora import LoRA as LoRA
+    from controlroom.controls.personal.photomaker import PhotoMaker as PhotoMaker
     from controlroom.controls.personal.textual_inversion import TextualInversion as TextualInversion
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.region import Region as Region
@@ -148,6 +149,7 @@ _EXPORTS: dict[str, str] = {
     "MultiDiffusion": "controlroom.controls.regions.multidiffusion",
     "PerpNeg": "controlroom.controls.guidance.perp_neg",
     "PerturbedAttentionGuidance": "controlroom.controls.guidance.perturbed_attention_guidance",
+    "PhotoMaker": "controlroom.controls.personal.photomaker",
     "Pix2PixZero": "controlroom.controls.editing.pix2pix_zero",
     "PromptToPrompt": "controlroom.controls.editing.prompt_to_prompt",
     "PromptWeighting": "controlroom.controls.guidance.prompt_weighting",

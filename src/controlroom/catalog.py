@@ -721,12 +721,12 @@ SYSTEMS: tuple[System, ...] = (
         papers=(Paper("PhotoMaker: Customizing Realistic Human Photos via Stacked ID Embedding", "2312.04461"),),
         does="Stacked identity embedding.",
         code=("controlroom.controls.personal.photomaker:PhotoMaker",),
-        recipe="controlroom.training.recipes.photomaker:PhotoMakerRecipe",
         signals=("face",),
-        backbones=SDXL,
+        backbones=SD,
         weights_licence="Apache-2.0",
-        no_neutral="it replaces tokens of the prompt, as words do",
-        proof="transcription of the published fusion in the test",
+        status="working",
+        neutral=SCALE_0,
+        proof="transcription of the published fusion, stacking and delayed merging in the test, latents of whole runs",
     ),
     System(
         number=44,
@@ -1072,6 +1072,7 @@ CONTROL_TYPES: dict[str, str] = {
     "perturbed_attention_guidance": (
         "controlroom.controls.guidance.perturbed_attention_guidance:PerturbedAttentionGuidance"
     ),
+    "photomaker": "controlroom.controls.personal.photomaker:PhotoMaker",
     "pix2pix_zero": "controlroom.controls.editing.pix2pix_zero:Pix2PixZero",
     "prompt_to_prompt": "controlroom.controls.editing.prompt_to_prompt:PromptToPrompt",
     "prompt_weighting": "controlroom.controls.guidance.prompt_weighting:PromptWeighting",

@@ -252,7 +252,7 @@ def tiny_photomaker(pipe: Any, version: int = 1, seed: int = 37) -> Any:
     """A PhotoMaker for a miniature, random: pictures of 32 pixels; version 2 reads faces of 10 numbers."""
     from transformers import CLIPVisionConfig
 
-    from controlroom.backbones.photomaker import IDEncoder, PhotoMakerModel, QFormerPerceiver, _Perceiver
+    from controlroom.backbones.photomaker import IDEncoder, Perceiver, PhotoMakerModel, QFormerPerceiver
 
     torch.manual_seed(seed)
     config = CLIPVisionConfig(
@@ -269,7 +269,7 @@ def tiny_photomaker(pipe: Any, version: int = 1, seed: int = 37) -> Any:
     width = sum(widths)
     perceiver = None
     if version == 2:
-        perceiver = QFormerPerceiver(10, 20, width, 2, _Perceiver(64, width, 128, 2 * width, 2))
+        perceiver = QFormerPerceiver(10, 20, width, 2, Perceiver(64, width, 128, 2 * width, 2))
     encoder = IDEncoder(config, widths, perceiver).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in encoder.named_parameters():

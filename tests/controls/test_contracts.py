@@ -33,6 +33,7 @@ from tests.controls.nets import (
     tiny_imagic,
     tiny_ip_adapter,
     tiny_ms_diffusion,
+    tiny_photomaker,
     tiny_t2i_adapter,
     write_instant_id,
     write_uni_controlnet,
@@ -105,6 +106,11 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "perp_neg": lambda folder: {"negatives": ["a blue hat", "night"], "scale": [1.0, 0.5]},
     "perturbed_attention_guidance": lambda folder: {"layers": ["mid", "up_blocks.0"]},
     "masactrl": lambda folder: {"source": "a green dog", "start_step": 0, "start_layer": 2},
+    "photomaker": lambda folder: {
+        "model": str(folder / "photomaker.safetensors"),
+        "images": [picture(16), picture(17)],
+        "word": "cat",
+    },
     "pix2pix_zero": lambda folder: {"source_embeds": ["a cat"], "target_embeds": ["a dog", "the dog"]},
     "prompt_to_prompt": lambda folder: {"source": "a green dog", "cross_replace": 0.5, "self_replace": 0.5},
     "prompt_weighting": lambda folder: {"text": "a (red:1.6) cat"},
@@ -147,6 +153,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "perp_neg": {"scale": 0.0},
     "perturbed_attention_guidance": {"scale": 0.0},
     "masactrl": {"start_step": 2},
+    "photomaker": {"scale": 0.0},
     "pix2pix_zero": {"scale": 0.0},
     "prompt_to_prompt": {"cross_replace": 0.0, "self_replace": 0.0},
     "prompt_weighting": {"scale": 0.0},
@@ -198,6 +205,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "perp_neg": ("negatives", "scale", "start", "end"),
     "perturbed_attention_guidance": ("scale", "layers"),
     "masactrl": ("source", "start_step", "start_layer"),
+    "photomaker": ("model", "images", "trigger", "scale", "start", "end", "word"),
     "pix2pix_zero": ("source_embeds", "target_embeds", "scale"),
     "prompt_to_prompt": ("source", "cross_replace", "self_replace", "reweight", "local_blend"),
     "prompt_weighting": ("text", "dialect", "negative", "scale"),
@@ -244,6 +252,7 @@ class Stage:
         tiny_t2i_adapter(plain.unet).save_pretrained(folder / "t2i_adapter")
         write_uni_controlnet(plain.unet, folder / "uni_controlnet")
         write_instant_id(plain.unet, folder / "instant_id")
+        tiny_photomaker(plain).save(folder / "photomaker.safetensors")
         other = BACKBONES[kind](seed=9, in_channels=channels).unet
         tiny_imagic(gated_unet(other) if gated else other, kind == "sdxl", folder / "imagic")
         BACKBONES[kind](seed=9).unet.save_pretrained(folder / "writer")
