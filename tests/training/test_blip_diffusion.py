@@ -164,8 +164,12 @@ def test_an_encoder_for_xl(groups: Any) -> None:
     assert recipe.base.predict(batch.latents, torch.tensor([3, 4]), condition).shape == batch.latents.shape
 
 
-def test_bad_settings() -> None:
+def test_bad_settings(parts: Path, groups: Any) -> None:
+    pictures = [group.picture for group in groups]
+    reader = subject_recipe(parts, groups[:1]).reader
     with pytest.raises(InputError, match="subject"):
-        BLIPDiffusionSettings()  # pyright: ignore[reportCallIssue]
-    with pytest.raises(InputError, match="subject"):
-        BLIPDiffusionSettings(subject="")
+        BLIPDiffusionRecipe(pipe_of(parts), reader, pictures, BLIPDiffusionSettings())
+    with pytest.raises(InputError, match="no picture"):
+        BLIPDiffusionRecipe(pipe_of(parts), reader, [], BLIPDiffusionSettings(subject="woman"))
+    with pytest.raises(InputError, match="word"):
+        BLIPDiffusionSettings(word="woman")  # pyright: ignore[reportCallIssue]

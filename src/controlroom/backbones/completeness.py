@@ -28,7 +28,7 @@ def check_folder(folder: Path, variant: str | None = None) -> None:
     for part, entry in parts.items():
         if part.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
             continue
-        if part in ("safety_checker", "feature_extractor", "image_encoder"):
+        if part in ("safety_checker", "feature_extractor", "image_encoder", "image_processor"):
             continue
         place = folder / part
         if not place.is_dir():

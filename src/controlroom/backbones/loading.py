@@ -255,6 +255,8 @@ def _load_folder(folder: Path, dtype: torch.dtype | None, variant: str | None) -
 
     kind = str(read_json(folder / "model_index.json").get("_class_name", ""))
     base = diffusers.StableDiffusionXLPipeline if "XL" in kind else diffusers.StableDiffusionPipeline
+    if kind == "BlipDiffusionPipeline":
+        return _load_blip_diffusion(folder, dtype)
     pipeline = explained(
         str(folder),
         lambda: (
@@ -281,6 +283,39 @@ def _load_folder(folder: Path, dtype: torch.dtype | None, variant: str | None) -
         module = getattr(pipeline, part, None)
         if module is not None:
             check_keys(module, folder / part, variant)
+    return pipeline
+
+
+def _load_blip_diffusion(folder: Path, dtype: torch.dtype | None) -> Any:
+    """BLIP-Diffusion's model as any other: its text encoder is of a class of its own, with CLIP's weights.
+
+    What reads subjects, ``qformer``, is loaded by the control.
+    """
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    told: dict[str, Any] = {"torch_dtype": dtype or torch.float32, "use_safetensors": True, "local_files_only": True}
+
+    def load() -> Any:
+        index = read_json(folder / "model_index.json")
+        scheduler: Any = getattr(diffusers, index["scheduler"][1])
+        encoder: Any = CLIPTextModel.from_pretrained(
+            str(folder / "text_encoder"), dtype=told["torch_dtype"], use_safetensors=True, local_files_only=True
+        )
+        return diffusers.StableDiffusionPipeline(
+            vae=diffusers.AutoencoderKL.from_pretrained(str(folder / "vae"), **told),
+            text_encoder=encoder,
+            tokenizer=CLIPTokenizer.from_pretrained(str(folder / "tokenizer"), local_files_only=True),
+            unet=diffusers.UNet2DConditionModel.from_pretrained(str(folder / "unet"), **told),
+            scheduler=scheduler.from_pretrained(str(folder / "scheduler")),
+            safety_checker=None,  # type: ignore[arg-type]
+            feature_extractor=None,  # type: ignore[arg-type]
+            requires_safety_checker=False,
+        )
+
+    pipeline = explained(str(folder), load)
+    for part in ("unet", "vae", "text_encoder"):
+        check_keys(getattr(pipeline, part).eval(), folder / part)
     return pipeline
 
 

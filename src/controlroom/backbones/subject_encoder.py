@@ -218,7 +218,8 @@ class _Projections(nn.Module):
 class _Widened(nn.Module):
     def __init__(self, shape: QFormerShape) -> None:
         super().__init__()
-        self.dense, self.kind = nn.Linear(shape.hidden_size, shape.intermediate_size), shape.hidden_act
+        self.dense = nn.Linear(shape.hidden_size, shape.intermediate_size)
+        self.kind: Activation = shape.hidden_act
 
     def forward(self, hidden: Tensor) -> Tensor:
         return _activated(self.dense(hidden), self.kind)

@@ -52,6 +52,42 @@ RECIPES = (
         "a subject from a few pictures, its class kept, in the whole UNet",
         "unet/ in diffusers' layout",
     ),
+    RecipeEntry(
+        "textual_inversion",
+        "textual_inversion:TextualInversionSettings",
+        "vectors of a new word, from a few pictures",
+        "learned_embeds.safetensors for cr.TextualInversion",
+    ),
+    RecipeEntry(
+        "dco",
+        "dco:DCOSettings",
+        "a subject as low-rank layers that stay as near to the base model as they can",
+        "lora.safetensors for cr.LoRA and cr.ConsistencyGuidance",
+    ),
+    RecipeEntry(
+        "ip_adapter",
+        "ip_adapter:IPAdapterSettings",
+        "pictures as prompts (base, plus, face), from several pictures of each subject",
+        "ip_adapter.safetensors for cr.IPAdapter",
+    ),
+    RecipeEntry(
+        "ip_adapter_multi",
+        "ip_adapter_multi:IPAdapterMultiSettings",
+        "several pictures of one person as a prompt, by attention between them, from an IP-Adapter",
+        "ip_adapter.safetensors for cr.IPAdapter",
+    ),
+    RecipeEntry(
+        "instant_id",
+        "instant_id:InstantIDSettings",
+        "faces as prompts, with a ControlNet that is told who it is",
+        "folder for cr.InstantID",
+    ),
+    RecipeEntry(
+        "blip_diffusion",
+        "blip_diffusion:BLIPDiffusionSettings",
+        "a subject from a few pictures in a few steps, from a subject encoder's guess, in the whole UNet",
+        "folder for cr.BLIPDiffusion",
+    ),
 )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from controlroom.backbones.subject_encoder import (
@@ -83,7 +83,8 @@ def by_transformers(encoder: SubjectEncoder, pixels: Tensor, ids: Tensor, mask: 
     def norm(name: str, x: Tensor, eps: float) -> Tensor:
         return torch.nn.functional.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
 
-    vision = Blip2VisionConfig(**VISION, attn_implementation="eager")
+    eager: dict[str, Any] = {"attn_implementation": "eager"}
+    vision: Any = Blip2VisionConfig(**{**VISION, **eager})
     patches = torch.nn.functional.conv2d(pixels, state["visual_encoder.embeddings.patch_embedding.weight"], stride=8)
     first = state["visual_encoder.embeddings.class_embedding"].expand(len(pixels), -1, -1)
     hidden = torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
@@ -94,7 +95,7 @@ def by_transformers(encoder: SubjectEncoder, pixels: Tensor, ids: Tensor, mask: 
         hidden = layer(hidden)
     seen = norm("visual_encoder.post_layernorm", hidden, 1e-5)
 
-    config = Blip2QFormerConfig(**FORMER, use_qformer_text_input=True, attn_implementation="eager")
+    config = Blip2QFormerConfig(**{**FORMER, **eager, "use_qformer_text_input": True})
     model = Blip2QFormerModel(config).eval()
     own = {f"encoder.{key}": value for key, value in part("encoder.").items()}
     own |= {f"layernorm.{key}": value for key, value in part("embeddings.LayerNorm.").items()}
@@ -152,6 +153,21 @@ def test_a_published_folder_is_read(tmp_path: Path) -> None:
     torch.testing.assert_close(reader(pixels, ["dog", "catfish"]), encoder(pixels, ids, mask))
     drawn = draw(pipe, BLIPDiffusion(tmp_path, picture(), "dog")).images
     assert (drawn - draw(pipe).images).abs().max() > 1e-2
+    # The whole model, whose text encoder and picture processor are of classes of its own.
+    plain = tiny_sd1()
+    plain.save_pretrained(str(tmp_path))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index |= {"_class_name": "BlipDiffusionPipeline", "mean": [0.5], "std": [0.5], "ctx_begin_pos": 2}
+    parts = {"text_encoder": "ContextCLIPTextModel", "qformer": "Blip2QFormerModel"}
+    index |= {part: ["blip_diffusion", name] for part, name in {**parts, "image_processor": "Blip"}.items()}
+    (tmp_path / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if "safety" not in k}))
+    (tmp_path / "image_processor").mkdir()
+    file = tmp_path / "text_encoder/model.safetensors"
+    stored = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
+    save_file({**stored, "text_model.embeddings.position_ids": torch.arange(LENGTH)[None]}, file, {"format": "pt"})
+    whole = Pipeline.from_pretrained(str(tmp_path))
+    again = draw(whole, BLIPDiffusion(tmp_path, picture(), "dog")).images
+    assert (again - drawn).abs().max() < 1e-4 * drawn.std()
 
 
 # The control against diffusers' pipeline.

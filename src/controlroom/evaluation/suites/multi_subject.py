@@ -113,7 +113,8 @@ def company_of(number: int) -> Company:
 def box_mask(box: Box) -> Image.Image:
     """White in a box, at the theatre's size."""
     mask = Image.new("L", (CANVAS, CANVAS), 0)
-    mask.paste(255, tuple(round(side * CANVAS) for side in box))
+    left, top, right, bottom = (round(side * CANVAS) for side in box)
+    mask.paste(255, (left, top, right, bottom))
     return mask
 
 

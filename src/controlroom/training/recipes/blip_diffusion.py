@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from controlroom.backbones.loading import find_model
 from controlroom.backbones.lora_names import UNET
 from controlroom.backbones.subject_encoder import SubjectReader, load_subject_reader, told_with
 from controlroom.controls.personal.blip_diffusion import CACHE, KEY
+from controlroom.core.errors import InputError
 from controlroom.data.pictures import Picture
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
@@ -39,8 +39,8 @@ class BLIPDiffusionSettings(RecipeSettings):
 
     encoder: str = "theatre/blip_subject"
     """Folder, downloaded hub id or name of the theatre of the subject encoder."""
-    subject: str = Field(min_length=1)
-    """The word for what is wanted of the pictures: "dog"."""
+    subject: str = ""
+    """The word for what is wanted of the pictures: "dog". Must be given."""
     flip: bool = False
     """Also show each picture mirrored."""
 
@@ -59,6 +59,9 @@ class BLIPDiffusionRecipe:
         settings: see `BLIPDiffusionSettings`.
 
     Exported are ``unet`` in diffusers' layout and the vectors, as `BLIPDiffusion` reads them.
+
+    Raises:
+        InputError: no word for the subject, no picture, or one that cannot be read.
     """
 
     name = "blip_diffusion"
@@ -66,6 +69,8 @@ class BLIPDiffusionRecipe:
     def __init__(
         self, pipe: Pipeline, reader: SubjectReader, pictures: Sequence[Picture], settings: BLIPDiffusionSettings
     ) -> None:
+        if not settings.subject.strip():
+            raise InputError('BLIP-Diffusion needs the word for what is wanted of the pictures: subject = "dog".')
         self.settings = settings
         self.base = BaseModel(pipe, trains=(UNET,))
         self.base.unet.requires_grad_(True)
