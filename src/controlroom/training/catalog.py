@@ -56,7 +56,7 @@ RECIPES = (
         "textual_inversion",
         "textual_inversion:TextualInversionSettings",
         "vectors of a new word, from a few pictures",
-        "learned_embeds.safetensors for cr.TextualInversion",
+        "learned_word.safetensors for cr.TextualInversion",
     ),
     RecipeEntry(
         "dco",
@@ -87,6 +87,12 @@ RECIPES = (
         "blip_diffusion:BLIPDiffusionSettings",
         "a subject from a few pictures in a few steps, from a subject encoder's guess, in the whole UNet",
         "folder for cr.BLIPDiffusion",
+    ),
+    RecipeEntry(
+        "ddpm",
+        "ddpm:DDPMSettings",
+        "a network of pixels from nothing, on pictures without words; the smallest example",
+        "folder for diffusers' DDPMPipeline and controlroom.sampling.ddpm.DDPM",
     ),
 )
 
