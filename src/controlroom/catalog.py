@@ -731,6 +731,7 @@ SYSTEMS: tuple[System, ...] = (
         papers=(Paper("PhotoMaker: Customizing Realistic Human Photos via Stacked ID Embedding", "2312.04461"),),
         does="Stacked identity embedding.",
         code=("controlroom.controls.personal.photomaker:PhotoMaker",),
+        recipe="controlroom.training.recipes.photomaker:PhotoMakerRecipe",
         signals=("face",),
         backbones=SD,
         weights_licence="Apache-2.0",
