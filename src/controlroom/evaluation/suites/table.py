@@ -76,6 +76,7 @@ SUITES: dict[str, Entry] = {
     "signals": Entry("what the dense reader finds in true pictures", 500, f"{_HERE}.signals"),
     "people": Entry("one person from nine pictures, by maximum, average and self-attention", 300, f"{_HERE}.people"),
     "people_numbers": Entry("one person from 1, 2, 4 and 9 pictures", 200, f"{_HERE}.people", "build_numbers"),
+    "subject": Entry("one subject: what adapters keep of it, and follow of the words", 300, f"{_HERE}.subject"),
     "retarget": Entry("one puppet in the pose of another picture", 300, f"{_HERE}.retarget"),
 }
 
