@@ -313,8 +313,9 @@ SYSTEMS: tuple[System, ...] = (
         does="Forward process, noise prediction and ancestral sampling, from scratch.",
         code=("controlroom.sampling.ddpm:DDPM",),
         recipe="controlroom.training.recipes.ddpm:DDPMRecipe",
+        status="working",
         no_neutral=_MODEL,
-        proof="closed-form Gaussian posteriors; parity with diffusers' DDPMScheduler",
+        proof="closed-form Gaussian posteriors; pictures equal diffusers' DDPMPipeline and DDIMPipeline",
     ),
     System(
         number=15,

@@ -31,7 +31,7 @@ class TrainingPlan:
 
     Attributes:
         entry: the recipe.
-        model: what is trained on.
+        model: what is trained on; "" for a recipe that makes its own.
         data: folder of pictures.
         settings: of the recipe.
         loop: of the loop.
@@ -43,15 +43,20 @@ class TrainingPlan:
     settings: RecipeSettings
     loop: TrainSettings
 
-    def prepare(self) -> tuple[Pipeline, Recipe[Any]]:
-        """Load the model and the pictures, and make the recipe (which may draw pictures of a class first)."""
+    def prepare(self) -> tuple[Pipeline | None, Recipe[Any]]:
+        """Load the model and the pictures, and make the recipe (which may draw pictures of a class first).
+
+        The model is None for a recipe that makes its own.
+        """
         from controlroom.data.kohya_folder import training_pictures
         from controlroom.sampling.pipeline import Pipeline
 
         pictures = training_pictures(self.data)
-        pipe = Pipeline.from_pretrained(self.model)
-        if self.loop.device != "cpu":
-            pipe.to(self.loop.device)
+        pipe: Any = None
+        if self.settings.needs_model:
+            pipe = Pipeline.from_pretrained(self.model)
+            if self.loop.device != "cpu":
+                pipe.to(self.loop.device)
         return pipe, self.settings.build(pipe, pictures, self.loop.output_dir)
 
     def run(self) -> TrainResult:
@@ -65,7 +70,7 @@ class TrainingPlan:
         # What a file leaves out is the default, so None is left out as well: TOML has no such value.
         return {
             "recipe": self.entry.name,
-            "model": self.model,
+            **({"model": self.model} if self.model else {}),
             "data": self.data,
             "settings": self.settings.model_dump(mode="json", exclude_none=True),
             "train": self.loop.model_dump(mode="json", exclude_none=True),
@@ -116,7 +121,8 @@ def plan_training(
         changes: ``name=value`` pairs: ``rank=8``, ``train.total_steps=200``, ``objective.min_snr_gamma=5``.
 
     Raises:
-        InputError: an unknown recipe or setting, a value that does not fit, a file that is not TOML, or no data.
+        InputError: an unknown recipe or setting, a value that does not fit, a file that is not TOML, no data, or a
+            model for a recipe that makes its own.
     """
     found = {} if config is None else read_config(Path(config))
     name = recipe or found.get("recipe")
@@ -148,7 +154,11 @@ def plan_training(
         checked = TrainSettings.model_validate(loop)
     except ValidationError as error:
         raise InputError(describe("train", error)) from error
-    return TrainingPlan(entry, str(model or found.get("model", "theatre")), str(chosen), kind(**settings), checked)
+    model = model or found.get("model")
+    if model and not kind.needs_model:
+        raise InputError(f"{entry.name} makes a model of its own; leave {str(model)!r} out.")
+    start = str(model or "theatre") if kind.needs_model else ""
+    return TrainingPlan(entry, start, str(chosen), kind(**settings), checked)
 
 
 def read_config(path: Path) -> Mapping[str, Any]:

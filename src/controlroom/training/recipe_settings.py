@@ -30,6 +30,8 @@ class RecipeSettings(BaseModel):
 
     loop: ClassVar[Mapping[str, Any]] = {}
     """Fields of `TrainSettings` that differ from its defaults: the method's published numbers."""
+    needs_model: ClassVar[bool] = True
+    """Whether it starts from a model; those that do not take None for ``pipe``."""
 
     size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
     """Side, or height and width, in pixels; None: what the model was trained at."""
