@@ -108,7 +108,7 @@ def test_loss_is_the_weighted_error(parts: Path) -> None:
     expected = 0.0
     with torch.no_grad():
         for row in range(3):
-            bar = float(recipe.alpha_bar[t[row]])
+            bar = float(recipe.objective.alpha_bar[t[row]])
             noisy = bar**0.5 * batch.latents[row] + (1 - bar) ** 0.5 * noise[row]
             joined = torch.cat([noisy, batch.channels[row]])[None]
             found = recipe.unet(joined, t[row : row + 1], recipe.conditioner(batch.ids[row : row + 1])).sample[0]

@@ -47,7 +47,7 @@ def test_loss_is_the_plain_error_at_cubic_timesteps(parts: Path) -> None:
     recipe, rng = make(parts), StepRandom(0, 0, range(2))
     batch = recipe.batch([0, 1], 0)
     noise, uniform = rng.normal("noise", (4, 16, 16)), rng.uniform("timestep")
-    bar, expected = recipe.scenes.alpha_bar, 0.0
+    bar, expected = recipe.scenes.objective.alpha_bar, 0.0
     with torch.no_grad():
         for row in range(2):
             t = int((1 - float(uniform[row]) ** 3) * 1000)

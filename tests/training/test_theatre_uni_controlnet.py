@@ -89,7 +89,7 @@ def test_loss_zeroes_the_channels_of_what_is_left_out(parts: Path) -> None:
             channels = slice(3 * number, 3 * number + 3)
             assert torch.equal(dropped.maps[row, channels], keep[row, number] * batch.maps[row, channels])
     noise, t = rng.normal("noise", (4, 16, 16)), rng.integers("timestep", 0, 1000)
-    bar, expected = recipe.scenes.alpha_bar[t].reshape(4, 1, 1, 1), 0.0
+    bar, expected = recipe.scenes.objective.alpha_bar[t].reshape(4, 1, 1, 1), 0.0
     with torch.no_grad():
         noisy = bar.sqrt() * batch.latents + (1 - bar).sqrt() * noise
         each = (recipe.predict(dropped, noisy, t) - noise).square().mean(dim=(1, 2, 3))

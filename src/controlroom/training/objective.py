@@ -7,7 +7,7 @@ weights (arXiv 2303.09556), an offset of the noise by channel (Guttenberg, 2023)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -142,11 +142,10 @@ class Objective:
         return self.errors(predict(drawn.latents, drawn.t), drawn, mask) * drawn.weight
 
     @torch.no_grad()
-    def held_out(self, predict: Predict, latents: Tensor, levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)) -> float:
-        """Unweighted error at fixed shares of the schedule, with the same noise every time."""
+    def held_out(self, predict: Predict, latents: Tensor, levels: Sequence[int] = (100, 300, 500, 700)) -> float:
+        """Unweighted error at fixed timesteps, with the same noise every time."""
         errors = []
-        for share in levels:
-            level = int(share * (len(self.alpha_bar) - 1))
+        for level in levels:
             noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(level)).to(latents)
             t = torch.full((len(latents),), level, device=latents.device)
             drawn = self.at(latents, t, noise)

@@ -123,6 +123,28 @@ def _ip_adapter_multi(aggregate: Any) -> Recipe[Any]:
     return theatre_ip_adapter_multi(*_trained_parts(), RUNS / "ip_adapter/weights", aggregate)
 
 
+def _grouped(kind: Literal["ms_diffusion", "blip_subject"]) -> Recipe[Any]:
+    from controlroom.data.theatre.groups import theatre_groups, theatre_subjects
+    from controlroom.sampling.pipeline import Pipeline
+    from controlroom.training.clip_vision import image_encoder_of
+    from controlroom.training.objective import ObjectiveSettings
+    from controlroom.training.recipes.blip_subject import BLIPSubjectRecipe
+    from controlroom.training.recipes.ms_diffusion import MSDiffusionRecipe
+
+    recipe, data = {
+        "ms_diffusion": (MSDiffusionRecipe, theatre_groups),
+        "blip_subject": (BLIPSubjectRecipe, theatre_subjects),
+    }[kind]
+    return recipe(
+        Pipeline.from_pretrained("theatre"),
+        image_encoder_of(RUNS / "clip/weights"),
+        data(PAIRS),
+        objective=ObjectiveSettings(min_snr_gamma=5.0),
+        held_out=data(16, "held_out"),
+        cache_folder=RUNS / "latents",
+    )
+
+
 def _instruct_pix2pix() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_instruct_pix2pix import TheatreInstructPix2Pix
 
@@ -276,6 +298,14 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
             ("average", "average"),
         )
     },
+    "ms_diffusion": (
+        partial(_grouped, "ms_diffusion"),
+        _CONTROL | {"total_samples": 100_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
+    ),
+    "blip_subject": (
+        partial(_grouped, "blip_subject"),
+        _CONTROL | {"total_samples": 60_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
+    ),
     "inpaint": (
         _inpaint,
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},

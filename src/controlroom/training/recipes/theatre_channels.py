@@ -25,18 +25,9 @@ from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipes.theatre_autoencoder import to_pixels
 from controlroom.training.recipes.theatre_instruct_pix2pix import widened
-from controlroom.training.recipes.theatre_unet import (
-    EMPTY_SHARE,
-    Conditioner,
-    latents_of_scenes,
-    min_snr_weight,
-    noise_schedule,
-    noised,
-)
+from controlroom.training.recipes.theatre_unet import EMPTY_SHARE, Conditioner, latents_of_scenes, theatre_objective
 
 HELD_OUT = 16
-# Timesteps at which held-out scenes are measured.
-_LEVELS = (100, 300, 500, 700)
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ class ChannelRecipe:
         self.vae: Any = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
         self.scale = float(self.vae.config.scaling_factor)
         self.conditioner = Conditioner(clip_folder)
-        self.alpha_bar = noise_schedule().alphas_cumprod
+        self.objective = theatre_objective()
         self.unet: Any = widened(UNet2DConditionModel.from_pretrained(unet_folder), channels)
         # Explicit softmax attention trains faster than SDPA on a CPU at these sizes.
         self.unet.set_attn_processor(AttnProcessor())
@@ -108,14 +99,9 @@ class ChannelRecipe:
         return self.unet(torch.cat([noisy, batch.channels], dim=1), t, self.conditioner(batch.ids)).sample
 
     def loss(self, batch: ChannelBatch, step: int, rng: StepRandom) -> Losses:
-        noise, t = rng.normal("noise", batch.latents.shape[1:]), rng.integers("timestep", 0, 1000)
-        each = self._error(batch, noise, t)
-        weighted = each * min_snr_weight(self.alpha_bar.to(t.device)[t])
-        return Losses(weighted.mean(), {"mse": each.detach().mean()})
-
-    def _error(self, batch: ChannelBatch, noise: Tensor, t: Tensor) -> Tensor:
-        noisy = noised(batch.latents, noise, self.alpha_bar.to(t.device)[t])
-        return (self.predict(batch, noisy, t).float() - noise).square().mean(dim=(1, 2, 3))
+        drawn = self.objective.draw(batch.latents, rng)
+        each = self.objective.errors(self.predict(batch, drawn.latents, drawn.t), drawn)
+        return Losses((each * drawn.weight).mean(), {"mse": each.detach().mean()})
 
     def validate(self, step: int) -> dict[str, float]:
         """Error on held-out scenes, at four noise levels, with the same noise every time: with their own channels, and
@@ -130,13 +116,8 @@ class ChannelRecipe:
         others = replace(batch, channels=batch.channels.roll(1, dims=0))
         return {"held_out": self._measured(batch), "other_channels": self._measured(others)}
 
-    @torch.no_grad()
     def _measured(self, batch: ChannelBatch) -> float:
-        errors = []
-        for level in _LEVELS:
-            noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(level)).to(batch.latents)
-            errors.append(self._error(batch, noise, torch.full((len(noise),), level, device=noise.device)).mean())
-        return float(torch.stack(errors).mean())
+        return self.objective.held_out(lambda noisy, t: self.predict(batch, noisy, t), batch.latents)
 
     def export(self, folder: Path) -> None:
         self.unet.save_pretrained(folder)

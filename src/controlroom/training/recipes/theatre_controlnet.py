@@ -31,21 +31,13 @@ from controlroom.data.theatre.vocabulary import WORLD_VERSION
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipes.theatre_autoencoder import to_pixels
-from controlroom.training.recipes.theatre_unet import (
-    Conditioner,
-    latents_of_scenes,
-    min_snr_weight,
-    noise_schedule,
-    noised,
-)
+from controlroom.training.recipes.theatre_unet import Conditioner, latents_of_scenes, theatre_objective
 
 MULTI = "multi"
 """In the place of a kind: all of them."""
 EMPTY_SHARE = 0.5
 """Samples without words."""
 HELD_OUT_SCENES = 16
-# Timesteps at which held-out scenes are measured.
-_LEVELS = (100, 300, 500, 700)
 _WIDTHS = (8, 16, 32, 64, 96)
 
 
@@ -106,7 +98,7 @@ class TheatreControlNet:
         self.dataset_size: int | None = scenes
         self.vae: Any = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
         self.conditioner = Conditioner(clip_folder)
-        self.alpha_bar = noise_schedule().alphas_cumprod
+        self.objective = theatre_objective()
         self.cache = latents_of_scenes(self.vae, cache_folder, scenes)
         self.unet: Any = UNet2DConditionModel.from_pretrained(unet_folder).eval().requires_grad_(False)
         channels = 3 + (len(CONDITION_KINDS) if kind == MULTI else 0)
@@ -149,11 +141,9 @@ class TheatreControlNet:
         ).sample
 
     def loss(self, batch: ConditionBatch, step: int, rng: StepRandom) -> Losses:
-        noise, t = rng.normal("noise", batch.latents.shape[1:]), rng.integers("timestep", 0, 1000)
-        alpha_bar = self.alpha_bar.to(t.device)[t]
-        predicted = self.predict(batch, noised(batch.latents, noise, alpha_bar), t).float()
-        each = (predicted - noise).square().mean(dim=(1, 2, 3))
-        return Losses((each * min_snr_weight(alpha_bar)).mean(), {"mse": each.detach().mean()})
+        drawn = self.objective.draw(batch.latents, rng)
+        each = self.objective.errors(self.predict(batch, drawn.latents, drawn.t), drawn)
+        return Losses((each * drawn.weight).mean(), {"mse": each.detach().mean()})
 
     def validate(self, step: int) -> dict[str, float]:
         """Unweighted error on held-out scenes without words, by kind, and that of the frozen UNet alone."""
@@ -165,17 +155,14 @@ class TheatreControlNet:
     @torch.no_grad()
     def _measured(self, kind: str, controlled: bool = True) -> float:
         """Mean over four noise levels, with the same noise every time."""
-        batch, errors = self._held_out_batch(kind), []
-        for level in _LEVELS:
-            noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(level)).to(batch.latents)
-            t = torch.full((len(noise),), level, device=noise.device)
-            noisy = noised(batch.latents, noise, self.alpha_bar.to(t.device)[t])
+        batch = self._held_out_batch(kind)
+
+        def predict(noisy: Tensor, t: Tensor) -> Tensor:
             if controlled:
-                predicted = self.predict(batch, noisy, t)
-            else:
-                predicted = self.unet(noisy, t, self.conditioner(batch.ids)).sample
-            errors.append((predicted.float() - noise).square().mean())
-        return float(torch.stack(errors).mean())
+                return self.predict(batch, noisy, t)
+            return self.unet(noisy, t, self.conditioner(batch.ids)).sample
+
+        return self.objective.held_out(predict, batch.latents)
 
     def _held_out_batch(self, kind: str) -> ConditionBatch:
         if kind not in self._held_out:

@@ -21,18 +21,15 @@ from controlroom.data.theatre.scene import CANVAS, Dice, Scene
 from controlroom.data.theatre.truth import keypoints
 from controlroom.signals.pose.skeleton import draw_skeleton
 from controlroom.training.latent_cache import LatentCache, cache_key
-from controlroom.training.objective import min_snr_weight, noised
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipes.theatre_autoencoder import to_pixels
-from controlroom.training.recipes.theatre_unet import Conditioner, noise_schedule
+from controlroom.training.recipes.theatre_unet import Conditioner, theatre_objective
 
 MOVED_SHARE = 0.35
 """Pairs whose target is in another place; their words name it."""
 EMPTY_SHARE = 0.5
 """Pairs in one place without any words."""
 HELD_OUT_PAIRS = 16
-# Timesteps at which held-out pairs are measured.
-_LEVELS = (100, 300, 500, 700)
 
 Predict = Callable[["PairBatch", Tensor, Tensor], Tensor]
 """Batch, noisy target latents and timesteps -> predicted noise."""
@@ -84,7 +81,7 @@ class Pairs:
         self.count, self.skeletons = count, skeletons
         self.vae: Any = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
         self.conditioner = Conditioner(clip_folder)
-        self.alpha_bar = noise_schedule().alphas_cumprod
+        self.objective = theatre_objective()
         side = CANVAS // 2 ** (len(self.vae.config.block_out_channels) - 1)
         shape = (int(self.vae.config.latent_channels), side, side)
         key = cache_key({"vae": self.vae}, v.WORLD_VERSION, f"pairs moved={MOVED_SHARE}")
@@ -121,13 +118,9 @@ class Pairs:
 
     def loss(self, batch: PairBatch, rng: StepRandom, predict: Predict) -> tuple[Tensor, Tensor]:
         """Error of the predicted noise, weighted by min(SNR, 5) / SNR (arXiv 2303.09556); and unweighted."""
-        noise, t = rng.normal("noise", batch.target.shape[1:]), rng.integers("timestep", 0, 1000)
-        each = self._error(batch, noise, t, predict)
-        return (each * min_snr_weight(self.alpha_bar.to(t.device)[t])).mean(), each.detach().mean()
-
-    def _error(self, batch: PairBatch, noise: Tensor, t: Tensor, predict: Predict) -> Tensor:
-        noisy = noised(batch.target, noise, self.alpha_bar.to(t.device)[t])
-        return (predict(batch, noisy, t).float() - noise).square().mean(dim=(1, 2, 3))
+        drawn = self.objective.draw(batch.target, rng)
+        each = self.objective.errors(predict(batch, drawn.latents, drawn.t), drawn)
+        return (each * drawn.weight).mean(), each.detach().mean()
 
     @torch.no_grad()
     def held_out(self, predict: Predict) -> float:
@@ -138,12 +131,8 @@ class Pairs:
             self._held_out = PairBatch(
                 source, target, self.conditioner.ids([""] * len(pairs)), self._maps(pairs).to(source.device)
             )
-        batch, errors = self._held_out, []
-        for level in _LEVELS:
-            noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(level)).to(batch.target)
-            t = torch.full((len(noise),), level, device=noise.device)
-            errors.append(self._error(batch, noise, t, predict).mean())
-        return float(torch.stack(errors).mean())
+        batch = self._held_out
+        return self.objective.held_out(lambda noisy, t: predict(batch, noisy, t), batch.target)
 
 
 def _report(done: int, total: int) -> None:

@@ -19,16 +19,13 @@ from torch import Tensor, nn
 from controlroom.data.theatre.captions import training_caption
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import Dice, Scene, sample_scene
-from controlroom.training.objective import noised
 from controlroom.training.recipes.theatre_autoencoder import to_pixels
 from controlroom.training.recipes.theatre_controlnet import condition_pixels
-from controlroom.training.recipes.theatre_unet import Conditioner, latents_of_scenes, noise_schedule
+from controlroom.training.recipes.theatre_unet import Conditioner, latents_of_scenes, theatre_objective
 
 EMPTY_SHARE = 0.5
 """Samples without words."""
 HELD_OUT_SCENES = 16
-# Timesteps at which held-out scenes are measured.
-_LEVELS = (100, 300, 500, 700)
 
 Predict = Callable[["SceneBatch", Tensor, Tensor], Tensor]
 """Batch, noisy latents and timesteps -> predicted noise."""
@@ -63,7 +60,7 @@ class Scenes:
         self.count = count
         self.vae: Any = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
         self.conditioner = Conditioner(clip_folder)
-        self.alpha_bar = noise_schedule().alphas_cumprod
+        self.objective = theatre_objective()
         self.cache = latents_of_scenes(self.vae, cache_folder, count)
         self.unet: Any = UNet2DConditionModel.from_pretrained(unet_folder).eval().requires_grad_(False)
         # Explicit softmax attention trains faster than SDPA on a CPU at these sizes.
@@ -90,8 +87,8 @@ class Scenes:
 
     def error(self, batch: SceneBatch, noise: Tensor, t: Tensor, predict: Predict) -> Tensor:
         """[B]: mean squared error of the predicted noise at timesteps ``t`` [B]."""
-        noisy = noised(batch.latents, noise, self.alpha_bar.to(t.device)[t])
-        return (predict(batch, noisy, t).float() - noise).square().mean(dim=(1, 2, 3))
+        drawn = self.objective.at(batch.latents, t, noise)
+        return self.objective.errors(predict(batch, drawn.latents, t), drawn)
 
     def alone(self, batch: SceneBatch, noisy: Tensor, t: Tensor) -> Tensor:
         """The noise as the frozen UNet sees it, from the words alone."""
@@ -107,9 +104,5 @@ class Scenes:
             latents = (self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor).to(device)
             ids = self.conditioner.ids([""] * len(scenes)).to(device)
             self._held_out = SceneBatch(latents, ids, torch.stack([maps(scene) for scene in scenes]).to(device))
-        batch, errors = self._held_out, []
-        for level in _LEVELS:
-            noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(level)).to(batch.latents)
-            t = torch.full((len(noise),), level, device=noise.device)
-            errors.append(self.error(batch, noise, t, predict).mean())
-        return float(torch.stack(errors).mean())
+        batch = self._held_out
+        return self.objective.held_out(lambda noisy, t: predict(batch, noisy, t), batch.latents)

@@ -31,7 +31,6 @@ from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import Scene
 from controlroom.data.theatre.vocabulary import WORLD_VERSION
 from controlroom.training.clip_vision import image_encoder_of
-from controlroom.training.objective import min_snr_weight
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipes.theatre_scenes import EMPTY_SHARE, SceneBatch, Scenes, condition_maps
@@ -139,10 +138,10 @@ class TheatreUniControlNet:
         return replace(batch, maps=batch.maps * keep)
 
     def loss(self, batch: SceneBatch, step: int, rng: StepRandom) -> Losses:
-        noise, t = rng.normal("noise", batch.latents.shape[1:]), rng.integers("timestep", 0, 1000)
-        each = self.scenes.error(self.dropped(batch, rng), noise, t, self.predict)
-        weighted = each * min_snr_weight(self.scenes.alpha_bar.to(t.device)[t])
-        return Losses(weighted.mean(), {"mse": each.detach().mean()})
+        objective = self.scenes.objective
+        drawn = objective.draw(batch.latents, rng)
+        each = objective.errors(self.predict(self.dropped(batch, rng), drawn.latents, drawn.t), drawn)
+        return Losses((each * drawn.weight).mean(), {"mse": each.detach().mean()})
 
     def validate(self, step: int) -> dict[str, float]:
         """Error on held-out scenes without words: with everything, with each condition alone, with the UNet alone."""
