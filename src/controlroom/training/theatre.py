@@ -145,6 +145,15 @@ def _grouped(kind: Literal["ms_diffusion", "blip_subject"]) -> Recipe[Any]:
     )
 
 
+def _faces(kind: Literal["instant_id", "photomaker"]) -> Recipe[Any]:
+    from controlroom.training.recipes.theatre_faces import theatre_instant_id, theatre_photomaker
+    from controlroom.training.recipes.theatre_ip_adapter_multi import theatre_pipeline
+
+    unet, vae, clip = _trained_parts()
+    make = theatre_instant_id if kind == "instant_id" else theatre_photomaker
+    return make(theatre_pipeline(unet, vae, clip), clip)
+
+
 def _instruct_pix2pix() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_instruct_pix2pix import TheatreInstructPix2Pix
 
@@ -305,6 +314,14 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     "blip_subject": (
         partial(_grouped, "blip_subject"),
         _CONTROL | {"total_samples": 60_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
+    ),
+    "instant_id": (
+        partial(_faces, "instant_id"),
+        _CONTROL | {"batch_size": 16, "total_samples": 64_000, "matrix_learning_rate": 0.002, "learning_rate": 2e-4},
+    ),
+    "photomaker": (
+        partial(_faces, "photomaker"),
+        _CONTROL | {"batch_size": 16, "total_samples": 48_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
     ),
     "inpaint": (
         _inpaint,
