@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from controlroom.controls.personal.instant_id import InstantID as InstantID
     from controlroom.controls.personal.blip_diffusion import BLIPDiffusion as BLIPDiffusion
     from controlroom.controls.personal.ip_adapter import IPAdapter as IPAdapter
+    from controlroom.controls.personal.kosmos_g import KosmosG as KosmosG
     from controlroom.controls.personal.lora import LoRA as LoRA
     from controlroom.controls.personal.photomaker import PhotoMaker as PhotoMaker
     from controlroom.controls.personal.textual_inversion import TextualInversion as TextualInversion
@@ -100,8 +101,8 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it. One line for each, in the order of the alphabet within a room.
 _EXPORTS: dict[str, str] = {
     # core
-    "ConflictError": "controlroom.core.errors",
     "BLIPDiffusion": "controlroom.controls.personal.blip_diffusion",
+    "ConflictError": "controlroom.core.errors",
     "Control": "controlroom.core.control",
     "ControlRoomError": "controlroom.core.errors",
     "InputError": "controlroom.core.errors",
@@ -141,6 +142,7 @@ _EXPORTS: dict[str, str] = {
     "InstructPix2Pix": "controlroom.controls.editing.instruct_pix2pix",
     "KeepAppearance": "controlroom.controls.object_edits",
     "KeepShape": "controlroom.controls.object_edits",
+    "KosmosG": "controlroom.controls.personal.kosmos_g",
     "LoRA": "controlroom.controls.personal.lora",
     "LocalConditions": "controlroom.controls.spatial.uni_controlnet",
     "MasaCtrl": "controlroom.controls.editing.masactrl",

@@ -286,3 +286,18 @@ def tiny_photomaker(pipe: Any, version: int = 1, seed: int = 37) -> Any:
             lora[f"{key}.down.weight"] = 0.1 * torch.randn(2, linear.in_features, generator=generator)
             lora[f"{key}.up.weight"] = 0.3 * torch.randn(linear.out_features, 2, generator=generator)
     return PhotoMakerModel(encoder, lora)
+
+
+def tiny_kosmos(pipe: Any, seed: int = 41) -> Any:
+    """A KOSMOS-G for a miniature, random, with `tiny_image_encoder`; what it gives is as wide as the words' states."""
+    from controlroom.backbones.kosmos import new_kosmos
+    from controlroom.sampling.pipeline import Pipeline
+
+    sizes = {"width": 32, "layers": 2, "heads": 4, "image_tokens": 3, "length": 60, "aligner_layers": 1}
+    reader = new_kosmos(tiny_image_encoder(), Pipeline.from_diffusers(pipe).backbone, seed, aligner_heads=4, **sizes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in reader.model.named_parameters():
+            gain = 0.3 if parameter.ndim == 1 or name.startswith("language.embed") else 0.1
+            parameter.add_(gain * torch.randn(parameter.shape, generator=generator))
+    return reader.eval().requires_grad_(False)

@@ -32,12 +32,13 @@ from tests.controls.nets import (
     tiny_image_encoder,
     tiny_imagic,
     tiny_ip_adapter,
+    tiny_kosmos,
     tiny_ms_diffusion,
     tiny_photomaker,
     tiny_t2i_adapter,
     write_instant_id,
-    write_uni_controlnet,
     write_subject_reader,
+    write_uni_controlnet,
 )
 from tests.tiny import BACKBONES
 from tests.traces import traces
@@ -61,8 +62,8 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "appearance_control": lambda folder: {"image": picture(0), "model": str(folder / "writer")},
     "attend_and_excite": lambda folder: {"words": ["cat"], "iterations": 1, "thresholds": {}, "step_size": 5.0},
     "consistency_guidance": lambda folder: {"plain": "a green dog", "subject_scale": 2.0},
-    "controlnet": lambda folder: {"model": str(folder / "controlnet"), "image": picture(1)},
     "blip_diffusion": lambda folder: {"model": str(folder / "subject"), "image": picture(16), "subject": "dog"},
+    "controlnet": lambda folder: {"model": str(folder / "controlnet"), "image": picture(1)},
     "depth_to_image": lambda folder: {"image": picture(11), "depth": picture(12), "strength": 1.0},
     "cross_image_attention": lambda folder: {
         "structure": picture(8),
@@ -94,6 +95,7 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "image": picture(2),
         "image_encoder": str(folder / "image_encoder"),
     },
+    "kosmos_g": lambda folder: {"model": str(folder / "kosmos"), "images": [picture(18)]},
     "lora": lambda folder: {"model": str(folder / "lora.safetensors"), "scale": 0.8},
     "ms_diffusion": lambda folder: {
         "model": str(folder / "ms_diffusion.safetensors"),
@@ -140,14 +142,15 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "appearance_control": {"scale": 0.0},
     "attend_and_excite": {"step_size": 0.0},
     "consistency_guidance": {"end": 0.0},
+    "blip_diffusion": {"scale": 0.0},
     "controlnet": {"scale": 0.0},
     "gligen": {"scale": 0.0},
     "guidance_interval": {"guidance_start": 0.0, "guidance_end": 1.0},
     "guidance_rescale": {"scale": 0.0},
     "imagic": {"alpha": 1.0, "network": "base"},
     "instant_id": {"scale": 0.0},
-    "blip_diffusion": {"scale": 0.0},
     "ip_adapter": {"scale": 0.0},
+    "kosmos_g": {"scale": 0.0},
     "lora": {"scale": 0.0},
     "ms_diffusion": {"scale": 0.0},
     "perp_neg": {"scale": 0.0},
@@ -184,6 +187,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "appearance_control": ("image", "model", "scale"),
     "attend_and_excite": ("indices", "words", "iterations", "thresholds", "step_size"),
     "consistency_guidance": ("plain", "subject_scale", "text_scale", "start", "end"),
+    "blip_diffusion": ("model", "image", "subject", "target", "scale"),
     "controlnet": ("model", "image", "scale", "start", "end", "mask", "guess_mode"),
     "depth_to_image": ("image", "depth", "strength"),
     "cross_image_attention": ("structure", "appearance"),
@@ -191,7 +195,6 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "from_inversion": ("inversion", "strength"),
     "gligen": ("phrases", "boxes", "scheduled_sampling_beta"),
     "guidance_interval": ("guidance_start", "guidance_end"),
-    "blip_diffusion": ("model", "image", "subject", "target", "scale"),
     "guidance_rescale": ("scale", "start", "end"),
     "image_to_image": ("image", "strength"),
     "imagic": ("model", "alpha"),
@@ -205,6 +208,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "perp_neg": ("negatives", "scale", "start", "end"),
     "perturbed_attention_guidance": ("scale", "layers"),
     "masactrl": ("source", "start_step", "start_layer"),
+    "kosmos_g": ("model", "images", "scale"),
     "photomaker": ("model", "images", "trigger", "scale", "start", "end", "word"),
     "pix2pix_zero": ("source_embeds", "target_embeds", "scale"),
     "prompt_to_prompt": ("source", "cross_replace", "self_replace", "reweight", "local_blend"),
@@ -253,11 +257,13 @@ class Stage:
         write_uni_controlnet(plain.unet, folder / "uni_controlnet")
         write_instant_id(plain.unet, folder / "instant_id")
         tiny_photomaker(plain).save(folder / "photomaker.safetensors")
+        tiny_kosmos(plain).save(folder / "kosmos")
         other = BACKBONES[kind](seed=9, in_channels=channels).unet
         tiny_imagic(gated_unet(other) if gated else other, kind == "sdxl", folder / "imagic")
         BACKBONES[kind](seed=9).unet.save_pretrained(folder / "writer")
         tiny_image_encoder().save_pretrained(folder / "image_encoder")
         save_file(tiny_ip_adapter(plain.unet), str(folder / "ip_adapter.safetensors"))
+        write_subject_reader(plain, folder / "subject")
         save_file(tiny_ms_diffusion(plain.unet), str(folder / "ms_diffusion.safetensors"))
         tiny_lora(folder / "lora.safetensors", BACKBONES[kind])
         save_file(tiny_word(plain), str(folder / "word.safetensors"))
@@ -267,7 +273,6 @@ class Stage:
 
     def control(self, name: str, **settings: Any) -> Control:
         found = control_class(name)(**{**SETTINGS[name](self.folder), **settings})
-        write_subject_reader(plain, folder / "subject")
         assert isinstance(found, Control)
         return found
 

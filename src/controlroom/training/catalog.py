@@ -83,6 +83,12 @@ RECIPES = (
         "folder for cr.InstantID",
     ),
     RecipeEntry(
+        "photomaker",
+        "photomaker:PhotoMakerSettings",
+        "people from one to four pictures each, fused into the word for them, with low-rank layers",
+        "photomaker.safetensors for cr.PhotoMaker",
+    ),
+    RecipeEntry(
         "blip_diffusion",
         "blip_diffusion:BLIPDiffusionSettings",
         "a subject from a few pictures in a few steps, from a subject encoder's guess, in the whole UNet",
@@ -93,6 +99,30 @@ RECIPES = (
         "ddpm:DDPMSettings",
         "a network of pixels from nothing, on pictures without words; the smallest example",
         "folder for diffusers' DDPMPipeline and controlroom.sampling.ddpm.DDPM",
+    ),
+    RecipeEntry(
+        "instruct_pix2pix",
+        "instruct_pix2pix:InstructPix2PixSettings",
+        "editing by instructions, from pictures before and after, in the whole UNet with further channels",
+        "unet/ in diffusers' layout for cr.InstructPix2Pix",
+    ),
+    RecipeEntry(
+        "kosmos_language",
+        "kosmos_g:KosmosLanguageSettings",
+        "KOSMOS-G, stage 1: a language model on pictures and their captions",
+        "folder for kosmos_align",
+    ),
+    RecipeEntry(
+        "kosmos_align",
+        "kosmos_g:KosmosAlignSettings",
+        "KOSMOS-G, stage 2: from the language model's states to the text encoder's, on captions",
+        "folder for kosmos_g, and for cr.KosmosG",
+    ),
+    RecipeEntry(
+        "kosmos_g",
+        "kosmos_g:KosmosGSettings",
+        "KOSMOS-G, stage 3: pictures of subjects between the words, through the frozen UNet",
+        "folder for cr.KosmosG",
     ),
 )
 
