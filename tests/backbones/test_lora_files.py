@@ -157,6 +157,7 @@ def test_equals_peft(kind: str, tmp_path: Path) -> None:
         def __init__(self, net: Net) -> None:
             self.layers: Any = {(UNET, name): getattr(net, name) for name in targets}
             self._known = {name: (UNET, name) for name in targets}
+            self.two = False
 
     net = Net()
     read = load_lora(tmp_path, Layers(net))
