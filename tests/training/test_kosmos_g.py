@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from controlroom.backbones.kosmos import PICTURE, KosmosReader, load_kosmos, new_kosmos
 from controlroom.controls.personal.kosmos_g import KosmosG
@@ -28,6 +29,11 @@ from controlroom.training.recipes.kosmos_g import (
     groups_of,
     interleaved,
 )
+from controlroom.training.recipes.theatre_kosmos import (
+    theatre_kosmos_align,
+    theatre_kosmos_g,
+    theatre_kosmos_language,
+)
 from tests.controls.nets import tiny_image_encoder
 from tests.tiny import BACKBONES
 from tests.training.recipe_checks import (
@@ -37,9 +43,12 @@ from tests.training.recipe_checks import (
     loop,
     painted,
 )
+from tests.training.theatre_parts import pipeline
 
 SIZES: dict[str, int] = {"width": 32, "layers": 1, "heads": 4, "image_tokens": 2, "length": 40}
-SMALL = KosmosLanguageSettings(**SIZES, aligner_layers=1, aligner_heads=4)
+SMALL = KosmosLanguageSettings(
+    width=32, layers=1, heads=4, image_tokens=2, length=40, aligner_layers=1, aligner_heads=4
+)
 PICTURES = painted()
 
 
@@ -204,3 +213,15 @@ def test_settings_build_from_pictures_and_say_what_is_missing(tmp_path: Path) ->
     with pytest.raises(InputError, match="40"):
         KosmosLanguageRecipe(pipe, tiny_image_encoder(), [replace(PICTURES[0], caption="cat " * 60)], SMALL)
     assert groups_of(twice, "cat")[0].subjects[0].word == "cat"
+
+
+def test_the_theatre(parts: Path, tmp_path: Path) -> None:
+    pipe = pipeline(parts, UNet2DConditionModel.from_pretrained(parts / "unet"))
+    settings = SMALL.model_copy(update={"length": 192})
+    first = theatre_kosmos_language(pipe, parts / "clip", 4, settings)
+    second = theatre_kosmos_align(pipe, train(first, loop(tmp_path / "1", total_steps=1)).weights, 12)
+    weights = train(second, loop(tmp_path / "2", total_steps=1)).weights
+    third = theatre_kosmos_g(pipe, weights, 4, tmp_path / "cache")
+    assert [len(group.subjects) for group in third.shown.groups] == [1, 1, 2, 2]
+    assert train(third, loop(tmp_path / "3", total_steps=1)).finished
+    assert len(set(second.texts)) > 6 and third.objective.settings.min_snr_gamma == 5.0

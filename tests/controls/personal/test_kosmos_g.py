@@ -147,14 +147,19 @@ def seen_by(w: Weights, states: Tensor, heads: int, eye_heads: int) -> Tensor:
     return torch_attention(own.at("attention"), own["queries"], read, heads)
 
 
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """With start and end."""
+    return tokenizer(text).input_ids
+
+
 def language_states(reader: KosmosReader, said: str, pictures: list[Image.Image]) -> Tensor:
     """[M, width] of one text, put together token by token."""
-    w, shape, tokenizer = Weights(reader.model.state_dict()), reader.model.shape, tiny_tokenizer()
+    w, shape = Weights(reader.model.state_dict()), reader.model.shape
     table, rest = w["language.embed_tokens.weight"], list(pictures)
-    vectors = [table[tokenizer.bos_token_id]]
+    vectors = [table[ids_of(tiny_tokenizer(), "")[0]]]
     for word in said.split():
         if word != "<image>":
-            vectors += [table[i] for i in tokenizer(word, add_special_tokens=False).input_ids]
+            vectors += [table[i] for i in ids_of(tiny_tokenizer(), word)[1:-1]]
             continue
         pixels = clip_pixels([rest.pop(0)], 32)
         states = reader.image_encoder(pixels, output_hidden_states=True).hidden_states[-2][0]
