@@ -23,6 +23,7 @@ from controlroom.app.commands.evaluate import evaluate
 from controlroom.app.commands.explain import explain
 from controlroom.app.commands.generate import generate
 from controlroom.app.commands.inspect import inspect
+from controlroom.app.commands.instruct_data import instruct_data
 from controlroom.app.commands.look import look
 from controlroom.app.commands.personalise import personalise
 from controlroom.app.commands.plan import plan
@@ -49,6 +50,7 @@ for _command in (
     look,
     personalise,
     train,
+    instruct_data,
     evaluate,
     direction,
     plan,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from controlroom.core.errors import InputError
+from controlroom.data.json_lines import json_lines
 from controlroom.data.picture_files import (
     SUFFIXES,
     caption_beside,
@@ -138,23 +138,13 @@ def _all_in(folder: Path) -> list[Path]:
 
 
 def _rows(table: Path) -> Iterator[_Row]:
-    text = text_of(table)
     if table.suffix == ".csv":
         try:
-            rows = list(csv.DictReader(io.StringIO(text)))
+            rows = list(csv.DictReader(io.StringIO(text_of(table))))
         except csv.Error as error:
             raise InputError(f"{str(table)!r} is not a table: {error}.") from None
         for number, fields in enumerate(rows, 2):
             yield _Row(f"{str(table)!r}, row {number}", {key: value for key, value in fields.items() if key})
         return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{str(table)!r}, line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON ({error}); expected one object a line.") from None
-        if not isinstance(fields, dict):
-            raise InputError(f"{where} is {type(fields).__name__}, expected an object with 'file_name' and 'text'.")
+    for where, fields in json_lines(table, "'file_name' and 'text'"):
         yield _Row(where, fields)

@@ -48,10 +48,9 @@ class TrainingPlan:
 
         The model is None for a recipe that makes its own.
         """
-        from controlroom.data.kohya_folder import training_pictures
         from controlroom.sampling.pipeline import Pipeline
 
-        pictures = training_pictures(self.data)
+        pictures = self.settings.read(self.data)
         pipe: Any = None
         if self.settings.needs_model:
             pipe = Pipeline.from_pretrained(self.model)

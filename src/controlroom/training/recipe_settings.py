@@ -49,6 +49,16 @@ class RecipeSettings(BaseModel):
         """Height and width."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
+    def read(self, data: str) -> Sequence[Picture]:
+        """What is learned from, out of a folder: pictures with captions; a recipe of other data says so here.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        from controlroom.data.kohya_folder import training_pictures
+
+        return training_pictures(data)
+
     @abstractmethod
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> Recipe[Any]:
         """The recipe for a model.

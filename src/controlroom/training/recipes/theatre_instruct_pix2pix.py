@@ -19,11 +19,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from controlroom.core.errors import ModelError
 from controlroom.data.theatre.edits import sample_edit
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import CANVAS, Scene
 from controlroom.data.theatre.vocabulary import WORLD_VERSION
+from controlroom.training.instructed import DROPOUT, left_out, widened
 from controlroom.training.latent_cache import LatentCache, cache_key
 from controlroom.training.objective import min_snr_weight, noised
 from controlroom.training.randomness import StepRandom
@@ -31,8 +31,6 @@ from controlroom.training.recipe import Losses
 from controlroom.training.recipes.theatre_autoencoder import to_pixels
 from controlroom.training.recipes.theatre_unet import Conditioner, noise_schedule
 
-#: Shares of samples with both, without the picture, without the instruction, without either.
-DROPOUT = (0.85, 0.05, 0.05, 0.05)
 HELD_OUT_EDITS = 16
 # Timesteps at which held-out edits are measured.
 _LEVELS = (100, 300, 500, 700)
@@ -45,26 +43,6 @@ class EditBatch:
     before: Tensor
     after: Tensor
     ids: Tensor
-
-
-def widened(unet: Any, channels: int) -> Any:
-    """The same UNet with further input channels, which it ignores as yet.
-
-    Raises:
-        ModelError: it has them already.
-    """
-    if int(unet.config.in_channels) != int(unet.config.out_channels):
-        raise ModelError(
-            f"The UNet reads {unet.config.in_channels} channels already; expected one that draws pictures."
-        )
-    wide: Any = UNet2DConditionModel.from_config(
-        {**unet.config, "in_channels": int(unet.config.in_channels) + channels}
-    )
-    weights = unet.state_dict()
-    first = weights["conv_in.weight"]
-    weights["conv_in.weight"] = torch.cat([first, first.new_zeros(len(first), channels, *first.shape[2:])], dim=1)
-    wide.load_state_dict(weights)
-    return wide
 
 
 class TheatreInstructPix2Pix:
@@ -127,8 +105,7 @@ class TheatreInstructPix2Pix:
         return self.unet(torch.cat([noisy, batch.before], dim=1), t, self.conditioner(batch.ids)).sample
 
     def loss(self, batch: EditBatch, step: int, rng: StepRandom) -> Losses:
-        left_out = rng.choice("left out", DROPOUT)
-        no_picture, no_words = left_out % 2 == 1, left_out >= 2
+        no_picture, no_words = left_out(rng)
         before = batch.before.masked_fill(no_picture[:, None, None, None], 0.0)
         ids = torch.where(no_words[:, None], self.empty.to(batch.ids.device), batch.ids)
         noise, t = rng.normal("noise", batch.after.shape[1:]), rng.integers("timestep", 0, 1000)

@@ -1,0 +1,153 @@
+"""InstructPix2Pix (Brooks et al., arXiv 2211.09800): a model learns to edit pictures by instructions.
+
+The UNet gets as many further input channels as the latents have, whose weights start at zero, and is tuned whole to
+denoise the picture after an instruction from the instruction and the latents of the picture before. Picture,
+instruction or both are left out of a sample in twenty each, as published; the picture's latents are the mode of the
+posterior, not scaled by the autoencoder's factor. Deviation from diffusers' trainer: the bias of the first convolution
+is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import UNet2DConditionModel
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from controlroom.backbones.lora_names import UNET
+from controlroom.controls.editing.instruct_pix2pix import unscaled
+from controlroom.core.errors import InputError
+from controlroom.data.edited_pictures import EditedPicture, edited_pictures
+from controlroom.data.pictures import Picture
+from controlroom.sampling.pipeline import Pipeline
+from controlroom.training.base_model import BaseModel
+from controlroom.training.instructed import left_out, widen
+from controlroom.training.objective import Objective
+from controlroom.training.randomness import StepRandom
+from controlroom.training.recipe import Losses
+from controlroom.training.recipe_settings import RecipeSettings
+from controlroom.training.shown import Shown, ShownBatch
+
+
+class InstructPix2PixSettings(RecipeSettings):
+    """How a model learns to follow instructions. The authors show 1024 pictures of 256 pixels a step, 10 000 times."""
+
+    loop: ClassVar[dict[str, Any]] = {
+        "total_steps": 15_000,
+        "batch_size": 16,
+        "learning_rate": 5e-5,
+        "ema_decay": 0.9999,
+    }
+
+    without_picture: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of samples that are not shown the picture before."""
+    without_words: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of samples that are not told the instruction."""
+    without_both: float = Field(default=0.05, ge=0.0, le=1.0)
+    flip: bool = False
+    """Also show each pair mirrored; not where instructions speak of left and right."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> InstructPix2PixSettings:
+        if sum(self.left_out) > 1.0:
+            raise ValueError("without_picture, without_words and without_both are more than all samples together")
+        return self
+
+    @property
+    def left_out(self) -> tuple[float, float, float]:
+        """Shares without the picture, without the words, without both."""
+        return self.without_picture, self.without_words, self.without_both
+
+    def read(self, data: str) -> Sequence[Picture]:
+        return edited_pictures(data)
+
+    def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> InstructPix2PixRecipe:
+        pairs = [picture for picture in pictures if isinstance(picture, EditedPicture)]
+        if len(pairs) < len(pictures):
+            wrong = next(picture for picture in pictures if not isinstance(picture, EditedPicture))
+            raise InputError(
+                f"{wrong.name} has no picture before it. Read the set with data.edited_pictures.edited_pictures."
+            )
+        return InstructPix2PixRecipe(BaseModel(pipe, trains=(UNET,)), pairs, self)
+
+
+@dataclass(frozen=True)
+class EditBatch:
+    """``before`` [B, C, h, w], not scaled; ``after`` with latents, instructions, mask and names."""
+
+    before: Tensor
+    after: ShownBatch
+
+
+class InstructPix2PixRecipe:
+    """Recipe: editing by instructions.
+
+    Args:
+        base: the model, whose UNet trains; it gets the further channels here.
+        pairs: pictures before and after.
+        settings: see `InstructPix2PixSettings`.
+
+    Exported is the folder ``unet`` in diffusers' layout; with the other parts of the model it draws under
+    `cr.InstructPix2Pix`, and in diffusers' pipelines of that name.
+
+    Raises:
+        InputError: no pair, one that cannot be read, or one without an instruction.
+        ModelError: the UNet reads more than latents already.
+    """
+
+    name = "instruct_pix2pix"
+
+    def __init__(self, base: BaseModel, pairs: Sequence[EditedPicture], settings: InstructPix2PixSettings) -> None:
+        self.base, self.settings = base, settings
+        self.after = Shown(base, pairs, size=settings.hw, flip=settings.flip)
+        befores = [pair.before for pair in pairs]
+        self.before = Shown(base, befores, "", captions=False, size=settings.hw, flip=settings.flip)
+        self.dataset_size: int | None = len(self.after)
+        widen(base, base.backbone.latent_channels)
+        base.unet.requires_grad_(True)
+        self.objective = Objective(base.backbone.scheduler, settings.objective)
+        self.shares = (1.0 - sum(settings.left_out), *settings.left_out)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return self.base.trained()
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return self.base.frozen()
+
+    def fingerprint(self) -> str:
+        return f"{self.after.fingerprint()} {self.before.fingerprint()} {self.settings.model_dump_json()}"
+
+    def names(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """Names of pictures after, for messages."""
+        return self.after.batch(indices).names
+
+    def batch(self, indices: Sequence[int], step: int) -> EditBatch:
+        before = unscaled(self.before.batch(indices).latents, self.base.vae.config)
+        return EditBatch(before, self.after.batch(indices))
+
+    def predict(self, noisy: Tensor, t: Tensor, before: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What the network says of the noisy picture after, seeing the picture before and told the instructions."""
+        condition = self.base.condition(prompts, self.after.size)
+        return self.base.predict(torch.cat([noisy, before], dim=1), t, condition)
+
+    def loss(self, batch: EditBatch, step: int, rng: StepRandom) -> Losses:
+        no_picture, no_words = left_out(rng, self.shares)
+        before = batch.before.masked_fill(no_picture[:, None, None, None], 0.0)
+        told = zip(batch.after.prompts, no_words.tolist(), strict=True)
+        prompts = ["" if out else words for words, out in told]
+
+        def predict(noisy: Tensor, t: Tensor) -> Tensor:
+            return self.predict(noisy, t, before, prompts)
+
+        return Losses(self.objective.loss(predict, batch.after.latents, rng, batch.after.mask).mean())
+
+    def export(self, folder: Path) -> None:
+        self.base.unet.save_pretrained(folder / UNET)
+
+    def load(self, folder: Path) -> None:
+        self.base.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / UNET).state_dict())
