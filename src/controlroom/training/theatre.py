@@ -154,6 +154,18 @@ def _faces(kind: Literal["instant_id", "photomaker"]) -> Recipe[Any]:
     return make(theatre_pipeline(unet, vae, clip), clip)
 
 
+def _kosmos(stage: Literal["language", "align", "instruct"]) -> Recipe[Any]:
+    from controlroom.training.recipes import theatre_kosmos as kosmos
+    from controlroom.training.recipes.theatre_ip_adapter_multi import theatre_pipeline
+
+    pipe = theatre_pipeline(*_trained_parts())
+    if stage == "language":
+        return kosmos.theatre_kosmos_language(pipe, _trained_parts()[2])
+    if stage == "align":
+        return kosmos.theatre_kosmos_align(pipe, RUNS / "kosmos_language/weights")
+    return kosmos.theatre_kosmos_g(pipe, RUNS / "kosmos_align/weights", cache_folder=RUNS / "latents")
+
+
 def _instruct_pix2pix() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_instruct_pix2pix import TheatreInstructPix2Pix
 
@@ -322,6 +334,19 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     "photomaker": (
         partial(_faces, "photomaker"),
         _CONTROL | {"batch_size": 16, "total_samples": 48_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
+    ),
+    "kosmos_language": (
+        partial(_kosmos, "language"),
+        _CONTROL | {"total_samples": 48_000, "matrix_learning_rate": 0.01, "learning_rate": 1e-3},
+    ),
+    "kosmos_align": (
+        partial(_kosmos, "align"),
+        _CONTROL | {"total_samples": 64_000, "matrix_learning_rate": 0.01, "learning_rate": 1e-3},
+    ),
+    "kosmos_g": (
+        partial(_kosmos, "instruct"),
+        _CONTROL
+        | {"total_samples": 32_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4, "validate_every": 500},
     ),
     "inpaint": (
         _inpaint,
