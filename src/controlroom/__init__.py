@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from controlroom.controls.object_edits import KeepShape as KeepShape
     from controlroom.controls.object_edits import Move as Move
     from controlroom.controls.object_edits import Resize as Resize
-    from controlroom.controls.personal.instant_id import InstantID as InstantID
     from controlroom.controls.personal.blip_diffusion import BLIPDiffusion as BLIPDiffusion
+    from controlroom.controls.personal.instant_id import InstantID as InstantID
     from controlroom.controls.personal.ip_adapter import IPAdapter as IPAdapter
     from controlroom.controls.personal.kosmos_g import KosmosG as KosmosG
     from controlroom.controls.personal.lora import LoRA as LoRA

@@ -649,7 +649,7 @@ SYSTEMS: tuple[System, ...] = (
         weights_licence="that of each file",
         status="working",
         neutral=SCALE_0,
-        proof="only the factors move; a broken run continues bit for bit; its files draw the same here and in diffusers",
+        proof="only the factors move; a broken run continues bit for bit; files draw the same here and in diffusers",
     ),
     System(
         number=38,
