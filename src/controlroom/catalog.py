@@ -106,6 +106,8 @@ SYSTEMS: tuple[System, ...] = (
         no_neutral=_TASK,
         proof="the run it builds, its poses of every kind and its files, on tiny random weights; scales of 0 are a run "
         "of words alone",
+        effect="n=48: PCK@0.2 95.7 % [91.2, 98.4]; colour of the top kept in 95.8 %, pattern 93.8, skin 93.8, lower "
+        "colour 89.6, hair colour 75.0 (reference-only: 70.8, 66.7, 66.7, 45.8, 25.0), the place in 60.4 (100)",
     ),
     System(
         number=2,
