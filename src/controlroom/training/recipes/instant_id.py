@@ -137,9 +137,9 @@ class InstantIDRecipe:
                 reads, settings.width, width, settings.tokens, settings.depth, inner, 4 * settings.width
             )
             self.adapter = IPAdapterModel.for_unet(base.unet, projection).to(base.device)
-            net: Any = new_controlnet(base.unet, base.backbone.pixels_per_latent.bit_length() - 1).to(base.device)
+            net: Any = new_controlnet(base.unet, base.backbone.pixels_per_latent.bit_length() - 1)
         self.adapter.float().requires_grad_(True)
-        self.net = net.float().requires_grad_(True)
+        self.net = net.to(base.device).float().requires_grad_(True)
         if base.device.type == "cpu":
             from diffusers.models.attention_processor import AttnProcessor
 
