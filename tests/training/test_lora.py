@@ -145,7 +145,7 @@ def test_pictures_keep_their_shape_in_buckets(tmp_path: Path) -> None:
         )
 
     recipe = made()
-    order = recipe.order(2, 3, 0)
+    order = recipe.batch_order(2, 3, 0)
     sizes = {recipe.batch(order.indices(range(2 * step, 2 * step + 2)), step)[0].size for step in range(4)}
     assert len(sizes) == 2 and (32, 32) in sizes and all(h * w <= 32 * 32 for h, w in sizes)
     wide = next(h_w for h_w in sizes if h_w != (32, 32))

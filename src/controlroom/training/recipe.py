@@ -80,7 +80,7 @@ class Order(Protocol):
 class Ordered(Protocol):
     """A recipe whose data has an order of its own: batches of one bucket."""
 
-    def order(self, batch_size: int, seed: int, first_slot: int) -> Order:
+    def batch_order(self, batch_size: int, seed: int, first_slot: int) -> Order:
         """The order for batches of that size, of a run whose first sample has that number."""
         ...
 

@@ -41,7 +41,7 @@ class Stepper:
         self._size = recipe.dataset_size if isinstance(recipe, FiniteData) else None
         # Used by the thread that makes batches, if there is one.
         self._order = (
-            recipe.order(settings.batch_size, settings.seed, start_samples)
+            recipe.batch_order(settings.batch_size, settings.seed, start_samples)
             if isinstance(recipe, Ordered)
             else DataOrder(settings.seed, self._size)
         )

@@ -27,6 +27,7 @@ def directional_similarity(before: Tensor, after: Tensor, text_before: Tensor, t
         InputError: other shapes, or not finite.
 
     Example:
+        >>> import torch
         >>> x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
         >>> [round(float(directional_similarity(x, y, x, other)), 6) for other in (y, x)]
         [1.0, 0.0]

@@ -108,7 +108,7 @@ class LoRARecipe:
         """Names of pictures, for messages."""
         return self.shown.batch(indices).names
 
-    def order(self, batch_size: int, seed: int, first_slot: int) -> BucketOrder:
+    def batch_order(self, batch_size: int, seed: int, first_slot: int) -> BucketOrder:
         """Batches of one size."""
         return self.shown.order(batch_size, seed, first_slot)
 
