@@ -103,6 +103,19 @@ def test_memory_counts_what_moves(tmp_path: Path, model: str, photos: str) -> No
     assert twice.activations == 2 * found.activations
 
 
+def test_memory_of_one_picture_and_of_several_shapes(tmp_path: Path, model: str) -> None:
+    """The estimate shows what the training would show: fewer pictures than a batch, and batches of one shape."""
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "wide.png")
+    (tmp_path / "wide.txt").write_text("a red cat")
+    for _ in range(2):
+        plan = plan_training(
+            "lora", data=str(tmp_path), model=model, out=tmp_path / "run", changes=["train.batch_size=2"]
+        )
+        assert estimate_memory(plan.prepare()[1], plan.loop).activations > 0
+        Image.new("RGB", (32, 32), "blue").save(tmp_path / "square.png")
+        (tmp_path / "square.txt").write_text("a blue cat")
+
+
 def test_command_trains_continues_and_tells(
     tmp_path: Path, model: str, photos: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

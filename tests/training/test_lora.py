@@ -130,6 +130,11 @@ def test_dreambooth_lora_moves_and_continues(tmp_path: Path) -> None:
     check_resumes(maker(tmp_path, CLASS), tmp_path)
 
 
+def test_subject_and_class_are_of_one_size() -> None:
+    with pytest.raises(InputError, match="one pass"):
+        DreamBoothLoRASettings(buckets=True)
+
+
 def test_subject_needs_a_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs a name"):
         maker(tmp_path, DreamBoothLoRASettings(), caption="")()

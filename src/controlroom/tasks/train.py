@@ -203,8 +203,8 @@ def estimate_memory(recipe: Recipe[Any], loop: TrainSettings) -> MemoryEstimate:
     """What a training needs, with one forward pass to count what is kept for the backward one."""
     import torch
 
-    from controlroom.training.randomness import DataOrder, StepRandom
-    from controlroom.training.recipe import FiniteData
+    from controlroom.training.randomness import StepRandom
+    from controlroom.training.step import order_of
 
     modules, frozen = recipe.modules(), recipe.frozen()
     for module in frozen.values():
@@ -212,7 +212,7 @@ def estimate_memory(recipe: Recipe[Any], loop: TrainSettings) -> MemoryEstimate:
     trained = {id(p): p for m in modules.values() for p in m.parameters() if p.requires_grad}
     every = {id(p): p for m in (*modules.values(), *frozen.values()) for p in m.parameters()}
     moving = sum(p.numel() for p in trained.values())
-    moments = {"adafactor": 0.1, "muon": 1.0, "adamw_8bit": 0.5, "prodigy": 3.0}.get(str(loop.optimizer), 2.0)
+    moments = {"adafactor": 0.1, "muon": 1.0, "adamw8bit": 0.5, "prodigy": 3.0}.get(str(loop.optimizer), 2.0)
     known = {t.untyped_storage().data_ptr() for t in every.values()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -223,7 +223,7 @@ def estimate_memory(recipe: Recipe[Any], loop: TrainSettings) -> MemoryEstimate:
         return tensor
 
     rows = min(loop.batch_size, 2)
-    order = DataOrder(loop.seed, recipe.dataset_size if isinstance(recipe, FiniteData) else None)
+    order = order_of(recipe, rows, loop.seed)
     with torch.random.fork_rng():
         with torch.no_grad():
             batch = recipe.batch(order.indices(range(rows)), 0)

@@ -77,8 +77,8 @@ class Shown:
         height, width = self.size
         self.crops = tuple(crop_to(p.size, Bucket(width, height)) for p in pictures)
         if buckets:
-            step = max(base.backbone.pixels_per_latent, min(64, min(self.size) // 8))
-            shapes = Buckets((width, height), step)
+            scale = base.backbone.pixels_per_latent
+            shapes = Buckets((width, height), max(scale, min(64, min(self.size) // 8) // scale * scale))
             self.crops = tuple(shapes.crop(p) for p in pictures)
         read = [crop.apply(p.read()) for p, crop in zip(pictures, self.crops, strict=True)]
         self.latents = [base.latents([one], crop.bucket.size)[0] for one, crop in zip(read, self.crops, strict=True)]

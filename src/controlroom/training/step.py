@@ -15,8 +15,15 @@ from controlroom.training.ema import Ema
 from controlroom.training.hardware import moved
 from controlroom.training.processes import Processes
 from controlroom.training.randomness import DataOrder, StepRandom, parts_of, seed_of, slots_of
-from controlroom.training.recipe import AfterStep, FiniteData, Losses, Ordered, Recipe
+from controlroom.training.recipe import AfterStep, FiniteData, Losses, Order, Ordered, Recipe
 from controlroom.training.settings import TrainSettings
+
+
+def order_of(recipe: Recipe[Any], batch_size: int, seed: int, first_slot: int = 0) -> Order:
+    """Which datum each sample shows: the recipe's own order, else a shuffle each epoch, else the sample's number."""
+    if isinstance(recipe, Ordered):
+        return recipe.batch_order(batch_size, seed, first_slot)
+    return DataOrder(seed, recipe.dataset_size if isinstance(recipe, FiniteData) else None)
 
 
 class Stepper:
@@ -40,11 +47,7 @@ class Stepper:
         self.start_samples = start_samples
         self._size = recipe.dataset_size if isinstance(recipe, FiniteData) else None
         # Used by the thread that makes batches, if there is one.
-        self._order = (
-            recipe.batch_order(settings.batch_size, settings.seed, start_samples)
-            if isinstance(recipe, Ordered)
-            else DataOrder(settings.seed, self._size)
-        )
+        self._order = order_of(recipe, settings.batch_size, settings.seed, start_samples)
         # -- what the processes must have in common and gradients do not give them: running statistics --
         modules = recipe.modules().values()
         self._statistics = [b for m in modules for b in m.buffers() if b.is_floating_point()]

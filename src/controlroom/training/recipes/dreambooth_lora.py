@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from controlroom.core.errors import InputError
 from controlroom.data.pictures import Picture
@@ -27,6 +27,8 @@ class DreamBoothLoRASettings(LoRASettings):
     loop: ClassVar[dict[str, Any]] = {"total_steps": 500, "batch_size": 4, "learning_rate": 1e-4}
 
     rank: PositiveInt = 4
+    buckets: bool = False
+    """Must stay off: subject and class are shown in one pass, so all pictures are of one size."""
     class_prompt: str | None = None
     """Names the class ("a photo of a dog"), whose looks are kept; None: no pictures of the class are shown."""
     class_count: PositiveInt = 200
@@ -35,6 +37,13 @@ class DreamBoothLoRASettings(LoRASettings):
     """How much errors on the class count."""
     class_steps: PositiveInt = 50
     """Solver steps of each picture of the class."""
+
+    @field_validator("buckets")
+    @classmethod
+    def _one_size(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("subject and class are shown in one pass, so all pictures are of one size; leave it out")
+        return value
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> DreamBoothLoRA:
         base = BaseModel(pipe)
