@@ -10,13 +10,15 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from controlroom.backbones.kosmos import PICTURE, KosmosReader, load_kosmos, new_kosmos
+from controlroom.backbones.kosmos import KosmosReader, load_kosmos, new_kosmos
+from controlroom.backbones.multimodal import PICTURE
 from controlroom.controls.personal.kosmos_g import KosmosG
 from controlroom.core.errors import InputError
 from controlroom.data.groups import Group, PlacedSubject
 from controlroom.data.pictures import Picture
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.catalog import recipe_entry
+from controlroom.training.interleaved import entities, groups_of, interleaved
 from controlroom.training.loop import train
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipes.kosmos_g import (
@@ -25,9 +27,6 @@ from controlroom.training.recipes.kosmos_g import (
     KosmosGSettings,
     KosmosLanguageRecipe,
     KosmosLanguageSettings,
-    entities,
-    groups_of,
-    interleaved,
 )
 from controlroom.training.recipes.theatre_kosmos import (
     theatre_kosmos_align,
@@ -128,7 +127,7 @@ def test_stages_hand_on_and_the_control_is_told_what_training_was(tmp_path: Path
     handle.remove()
     with torch.no_grad():
         batch, model = recipe.batch([3], 0), recipe.reader.model
-        from controlroom.backbones.kosmos import sequences
+        from controlroom.backbones.multimodal import sequences
 
         start_alone = model(sequences(recipe.tokenizer, [""], model.shape))
         for row, kept in ((told[0][1], True), (told[1][0], False)):

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from controlroom.backbones.image_encoder import clip_pixels
-from controlroom.backbones.kosmos import FILE, KosmosReader, find_kosmos, load_kosmos, sequences
+from controlroom.backbones.kosmos import FILE, KosmosReader, find_kosmos, load_kosmos
+from controlroom.backbones.multimodal import sequences
 from controlroom.backbones.words import prompt_tokens
 from controlroom.controls.personal.ip_adapter import IPAdapter
 from controlroom.controls.personal.kosmos_g import InterleavedPrompt, KosmosG

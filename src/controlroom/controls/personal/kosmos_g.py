@@ -18,8 +18,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from controlroom.backbones.kosmos import PICTURE, KosmosReader, find_kosmos
-from controlroom.backbones.words import PlacedPrompt, PromptTokens, content_ids, placed_tokens
+from controlroom.backbones.kosmos import KosmosReader, find_kosmos
+from controlroom.backbones.multimodal import PICTURE
+from controlroom.backbones.words import PromptTokens, content_ids, placed_tokens
+from controlroom.controls.interleaved import SaidPrompt, picture_counts, said, said_as, said_prompts, words_of
 from controlroom.controls.prompt_pictures import prompt_pixels
 from controlroom.core.branch import Condition
 from controlroom.core.claims import Claim
@@ -28,21 +30,13 @@ from controlroom.core.errors import InputError
 from controlroom.core.run import Run
 
 
-class InterleavedPrompt(PlacedPrompt):
-    """The words of a prompt with pictures between them.
-
-    Attributes:
-        said: the words, with `PICTURE` where a picture stands.
-    """
-
-    said: str
+class InterleavedPrompt(SaidPrompt):
+    """The words of a prompt with pictures between them, each of which takes the place of a word."""
 
     @classmethod
     def of(cls, said: str) -> InterleavedPrompt:
         """Out of words with `PICTURE`."""
-        found = cls(" ".join(said.replace(PICTURE, " ").split()))
-        found.said = said
-        return found
+        return said_as(cls, said)
 
     def tokens(self, tokenizer: Any) -> PromptTokens:
         """Where its words are, if each picture takes the place of one word, as it did in training."""
@@ -84,34 +78,13 @@ class KosmosG(Control):
 
     def neutral(self, n: int) -> bool:
         """Also without pictures."""
-        return not any(_counts(self.images)) or super().neutral(n)
+        return not any(picture_counts(self.images)) or super().neutral(n)
 
     def read(self, texts: Texts) -> Texts:
         """The words of the prompts; where pictures stand is noted."""
-        counts = _counts(self.images)
         if self.scale == 0:
-            return replace(texts, prompts=tuple(map(_words, texts.prompts)))
-        if any(counts) and ("prompt" in texts.embeds or "prompt" in texts.seconds):
-            raise InputError(f"{self.label} puts pictures into the prompt. Give it as text, and no prompt_2.")
-        if any(counts) and "negative_prompt" in texts.embeds:
-            raise InputError(f"{self.label} reads the negative prompt too. Give it as text.")
-        share = max(1, len(texts.prompts) // len(counts))
-        said = [self._said(text, counts[min(i // share, len(counts) - 1)]) for i, text in enumerate(texts.prompts)]
-        return replace(texts, prompts=tuple(said))
-
-    def _said(self, prompt: str, pictures: int) -> str:
-        # What another control has read stays as it is: the two are a conflict that is found later.
-        if type(prompt) is not str:
-            return prompt
-        places = prompt.count(PICTURE)
-        if places not in (0, pictures):
-            raise InputError(
-                f"{self.label}: the prompt {prompt!r:.80} has {places} times {PICTURE}, and there are {pictures} "
-                "pictures. Give one for each."
-            )
-        if not pictures:
-            return prompt
-        return InterleavedPrompt.of(prompt if places else f"{PICTURE} " * pictures + prompt)
+            return replace(texts, prompts=tuple(map(words_of, texts.prompts)))
+        return replace(texts, prompts=said_prompts(self.label, texts, self.images, InterleavedPrompt))
 
     def declare(self, outline: Outline) -> Declaration:
         return Declaration(claims=(Claim("condition", "own", branches=frozenset({"cond", "uncond"})),))
@@ -123,7 +96,7 @@ class KosmosG(Control):
         """Tell ``cond`` and ``uncond``, and branches that were told the same, what the language model read."""
         reader, tokenizer = find_kosmos(self.model, run.backbone), run.backbone.tokenizers()[0]
         pixels = prompt_pixels(self.images, reader.side, run.images)
-        texts = [prompt.said if isinstance(prompt, InterleavedPrompt) else str(prompt) for prompt in run.prompts]
+        texts = [said(prompt) for prompt in run.prompts]
         shown = pixels.expand(len(texts), *pixels.shape[1:]).flatten(0, 1).to(run.device)
         self._tell(run, "cond", lambda: reader(tokenizer, texts, shown))
         if "uncond" in run.conditions:
@@ -145,24 +118,3 @@ def _each(reader: KosmosReader, tokenizer: Any, texts: Sequence[str]) -> torch.T
     different = list(dict.fromkeys(texts))
     found = reader(tokenizer, different)
     return found[[different.index(text) for text in texts]]
-
-
-def _words(text: str) -> str:
-    """The text without its pictures; one without any stays as it is."""
-    return " ".join(text.replace(PICTURE, " ").split()) if type(text) is str and PICTURE in text else text
-
-
-def _counts(images: Any) -> list[int]:
-    """Pictures of each list; one list for all prompts, or one for each."""
-    if images is None:
-        return [0]
-    if isinstance(images, list | tuple) and any(isinstance(item, list | tuple) for item in images):
-        return [_number_of(item) for item in images]
-    return [_number_of(images)]
-
-
-def _number_of(images: Any) -> int:
-    shape = getattr(images, "shape", None)
-    if shape is not None and len(shape) == 4:
-        return int(shape[0])
-    return len(images) if isinstance(images, list | tuple) else 1

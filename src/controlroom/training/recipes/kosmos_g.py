@@ -16,7 +16,6 @@ empty, since the start token is what stage 3 tells a picture without a prompt; s
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,20 +23,20 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
-from controlroom.backbones.image_encoder import clip_pixels, load_image_encoder
-from controlroom.backbones.kosmos import PICTURE, KosmosReader, load_kosmos, new_kosmos, sequences
+from controlroom.backbones.image_encoder import load_image_encoder
+from controlroom.backbones.kosmos import KosmosReader, load_kosmos, new_kosmos
 from controlroom.backbones.loading import find_model
+from controlroom.backbones.multimodal import PICTURE, sequences
 from controlroom.core.branch import Condition
 from controlroom.core.errors import InputError
-from controlroom.data.groups import Group, PlacedSubject
-from controlroom.data.pictures import Picture, by_subject, fingerprint
+from controlroom.data.groups import Group
+from controlroom.data.pictures import Picture, fingerprint
 from controlroom.sampling.pipeline import Pipeline
-from controlroom.training.base_model import BaseModel
 from controlroom.training.grouped import EncodedGroups, GroupBatch
+from controlroom.training.interleaved import MultimodalStage, entities, groups_of, interleaved
 from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
@@ -102,40 +101,11 @@ class KosmosGSettings(RecipeSettings):
         return KosmosGRecipe(pipe, reader, groups_of(pictures, self.word), self)
 
 
-class _Stage:
-    """What the stages share: which parts move, and the file.
+class _Stage(MultimodalStage[KosmosReader]):
+    """A stage of KOSMOS-G."""
 
-    Attributes:
-        base: the base model, frozen.
-        reader: the network, of which `moves` learn.
-    """
-
-    moves: ClassVar[tuple[str, ...]]
-
-    def __init__(self, pipe: Pipeline, reader: KosmosReader) -> None:
-        self.base, self.reader = BaseModel(pipe), reader
-        self.tokenizer = self.base.backbone.tokenizers()[0]
-        reader.model.float().requires_grad_(False)
-        for module in self.modules().values():
-            module.requires_grad_(True)
-
-    def modules(self) -> dict[str, nn.Module]:
-        parts = self.reader.model.parts()
-        return {name: parts[name] for name in self.moves}
-
-    def frozen(self) -> dict[str, nn.Module]:
-        parts = {name: part for name, part in self.reader.model.parts().items() if name not in self.moves}
-        return {**self.base.frozen(), **parts, "image_encoder": self.reader.image_encoder}
-
-    def seen(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """[n, length, reads]: what CLIP's image encoder says before its last block, as in a run."""
-        return self.reader.seen(clip_pixels(pictures, self.reader.side)).float()
-
-    def export(self, folder: Path) -> None:
-        self.reader.save(folder)
-
-    def load(self, folder: Path) -> None:
-        self.reader.model.load_state_dict(load_kosmos(folder, self.base.backbone).model.state_dict())
+    def read(self, folder: Path) -> KosmosReader:
+        return load_kosmos(folder, self.base.backbone)
 
 
 @dataclass(frozen=True)
@@ -326,48 +296,3 @@ class KosmosGRecipe(_Stage):
             for c in (told, words)
         ]
         return {"held_out": both[0], "by_words": both[1]}
-
-
-def entities(caption: str, words: Sequence[str]) -> list[tuple[int, int, int]]:
-    """Where a caption names its subjects: start, end and number of the subject, in the caption's order.
-
-    Of subjects with one name the first is named first.
-
-    Raises:
-        InputError: it does not.
-    """
-    spans = []
-    for number, word in enumerate(words):
-        found = [match.span() for match in re.finditer(rf"\b{re.escape(word)}\b", caption, re.IGNORECASE)]
-        before = words[:number].count(word)
-        if len(found) <= before:
-            raise InputError(f"The caption {caption!r:.80} does not name its subject {word!r}. Write it there.")
-        spans.append((*found[before], number))
-    return sorted(spans)
-
-
-def interleaved(caption: str, spans: Sequence[tuple[int, int, int]], kept: bool) -> str:
-    """The caption with `PICTURE` behind each subject's word (``kept``), or in its place."""
-    parts, at = [], 0
-    for start, end, _ in spans:
-        parts += [caption[at : end if kept else start], f" {PICTURE}" if kept else PICTURE]
-        at = end
-    return "".join([*parts, caption[at:]])
-
-
-def groups_of(pictures: Sequence[Picture], word: str) -> tuple[Group, ...]:
-    """Each picture with the next of its subject as what the subject looks like.
-
-    Raises:
-        InputError: no word, or a subject of one picture.
-    """
-    if not word.strip():
-        raise InputError('KOSMOS-G needs the word of the captions for the subject: word = "dog".')
-    groups = []
-    for subject, its in by_subject(pictures).items():
-        if len(its) < 2:
-            raise InputError(f"There is one picture of {subject or 'the subject'!r}; it takes two to know it from.")
-        for number, picture in enumerate(its):
-            other = PlacedSubject(word, (0.0, 0.0, 1.0, 1.0), its[(number + 1) % len(its)])
-            groups.append(Group(picture, (other,)))
-    return tuple(groups)
