@@ -15,22 +15,6 @@ import controlroom as cr
 from controlroom.app.cli import main
 from controlroom.core.errors import InputError
 from controlroom.tasks.personalise import PersonaliseOptions, personalise, resolved
-from tests.tiny import tiny_sd1
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_sd1().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("photos")
-    for colour in ("red", "blue"):
-        Image.new("RGB", (40, 32), colour).save(folder / f"{colour}.png")
-    return str(folder)
 
 
 def test_command_writes_adapter_sheet_and_run(

@@ -12,25 +12,8 @@ from PIL import Image
 from controlroom.app.cli import main
 from controlroom.core.errors import InputError
 from controlroom.tasks.train import estimate_memory, parse_change, plan_training
-from tests.tiny import tiny_sd1
 
 TINY = {"total_steps": 2, "batch_size": 2, "threads": 1, "checkpoint_every_seconds": 60}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_sd1().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("photos")
-    for colour in ("red", "blue"):
-        Image.new("RGB", (40, 32), colour).save(folder / f"{colour}.png")
-        (folder / f"{colour}.txt").write_text(f"a {colour} cat")
-    return str(folder)
 
 
 def config(path: Path, **more: Any) -> Path:
@@ -161,3 +144,10 @@ def test_every_recipe_has_settings_with_defaults() -> None:
         kind = entry.load()
         kind()  # nothing is required that only a file could give
         TrainSettings.model_validate({"output_dir": "x", **kind.loop})
+
+
+def test_previews_are_drawn_ten_times(tmp_path: Path) -> None:
+    changes = ['previews=["a cat"]', "train.total_steps=50"]
+    assert plan_training("lora", data="x", changes=changes).loop.preview_every == 5
+    assert plan_training("lora", data="x", changes=[*changes, "train.preview_every=7"]).loop.preview_every == 7
+    assert plan_training("lora", data="x", changes=changes[1:]).loop.preview_every is None

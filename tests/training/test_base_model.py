@@ -10,7 +10,7 @@ from PIL import Image
 
 import controlroom as cr
 from controlroom.core.errors import InputError, ModelError
-from controlroom.training.base_model import BaseModel, as_pipeline
+from controlroom.training.base_model import BaseModel
 from tests.tiny import tiny_sd1, tiny_sd2, tiny_sdxl
 
 NOISY = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -64,7 +64,7 @@ def test_previews_draw_with_the_training_weights() -> None:
     base.unet.train()
     settings: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "output_type": "latent"}
     before = pipe("a cat", **settings).images
-    with as_pipeline(pipe, base) as drawing:
+    with base.drawing() as drawing:
         assert torch.allclose(drawing("a cat", **settings).images, before, atol=1e-3)
         with torch.no_grad():
             base.unet.conv_out.weight.mul_(2)

@@ -75,10 +75,10 @@ def test_loss_is_that_of_the_paper(tmp_path: Path, make: Any) -> None:
     losses, own, reference = [], [], []
     with torch.no_grad():
         for i in range(3):
-            noisy = base.scheduler.add_noise(batch.latents[i : i + 1], noise[i : i + 1], t[i : i + 1])
+            noisy = base.scheduler.add_noise(batch[0].latents[i : i + 1], noise[i : i + 1], t[i : i + 1])
             target = noise[i : i + 1]
             if make is tiny_sd2:
-                target = base.scheduler.get_velocity(batch.latents[i : i + 1], target, t[i : i + 1])
+                target = base.scheduler.get_velocity(batch[0].latents[i : i + 1], target, t[i : i + 1])
             errors = []
             for pipe, prompt in ((changed, "a red cat on the beach"), (base, "a blue cat on the beach")):
                 states = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
@@ -112,11 +112,14 @@ def test_words_of_the_untouched_network(tmp_path: Path) -> None:
     recipe = DCOSettings(rank=1, word="<anna>", vectors=1).build(
         cr.Pipeline.from_diffusers(tiny_sd1()), painted(**NAMED), tmp_path
     )
-    assert recipe.told(["a {} cat", "<anna> at night"]) == (("a <anna> cat", "<anna> at night"), ("a cat", "at night"))
+    assert recipe.named_and_plain(["a {} cat", "<anna> at night"]) == (
+        ("a <anna> cat", "<anna> at night"),
+        ("a cat", "at night"),
+    )
     other = DCOSettings(rank=1, word="sks", plain="old").build(
         cr.Pipeline.from_diffusers(tiny_sd1()), painted(**NAMED), tmp_path
     )
-    assert other.told(["a {token} cat"]) == (("a sks cat",), ("a old cat",))
+    assert other.named_and_plain(["a {token} cat"]) == (("a sks cat",), ("a old cat",))
 
 
 def test_own_rate_is_the_optimizer_at_that_rate() -> None:

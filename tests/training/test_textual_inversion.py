@@ -79,7 +79,7 @@ def test_one_step_is_the_formulas(tmp_path: Path, make: Any) -> None:
     recipe = settings.build(cr.Pipeline.from_diffusers(source), painted(), tmp_path)
     rng = StepRandom(3, 0, [0, 1])
     batch = recipe.batch([0, 2], 0)
-    prompts = recipe.prompts(batch, rng)
+    prompts = recipe.prompts(batch[0], rng)
     assert all("<anna>" in text and "{}" not in text for text in prompts)
     recipe.loss(batch, 0, rng).total.backward()
     # By hand: new tokens, a longer table, what diffusers' script minimises.
@@ -95,8 +95,8 @@ def test_one_step_is_the_formulas(tmp_path: Path, make: Any) -> None:
     ids = plain.tokenizer(written, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
     states = plain.text_encoder(ids)[0]
     noise, t = rng.normal("noise", (4, 16, 16)), rng.integers("timestep", 0, 1000)
-    noisy = plain.scheduler.add_noise(batch.latents, noise, t)
-    target = plain.scheduler.get_velocity(batch.latents, noise, t) if make is tiny_sd2 else noise
+    noisy = plain.scheduler.add_noise(batch[0].latents, noise, t)
+    target = plain.scheduler.get_velocity(batch[0].latents, noise, t) if make is tiny_sd2 else noise
     F.mse_loss(plain.unet(noisy, t, encoder_hidden_states=states).sample, target).backward()
     gradient, ours = table.weight.grad, recipe.word.rows["text_encoder"].grad
     assert gradient is not None and ours is not None
@@ -175,11 +175,11 @@ def test_words_around_the_word(tmp_path: Path) -> None:
     pipe = cr.Pipeline.from_diffusers(tiny_sd1())
     shown = TextualInversionSettings(templates=("{} on the beach", "a {}"))
     recipe = shown.build(pipe, painted(), tmp_path)
-    drawn = {recipe.prompts(recipe.batch([0], 0), StepRandom(0, 0, [slot]))[0] for slot in range(20)}
+    drawn = {recipe.prompts(recipe.batch([0], 0)[0], StepRandom(0, 0, [slot]))[0] for slot in range(20)}
     assert drawn == {"<subject> on the beach", "a <subject>"}
     told = TextualInversionSettings(captions=True)
     recipe = told.build(pipe, painted(caption="a red {token} at night"), tmp_path)
-    assert recipe.prompts(recipe.batch([0], 0), StepRandom(0, 0, [0])) == ("a red <subject> at night",)
+    assert recipe.prompts(recipe.batch([0], 0)[0], StepRandom(0, 0, [0])) == ("a red <subject> at night",)
     with pytest.raises(InputError, match=r"red\.png has neither <subject> nor"):
         told.build(pipe, painted(), tmp_path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,28 @@ def read_metadata(path: Path) -> dict[str, str]:
             return dict(content.metadata() or {})
 
     return explained(str(path), read)
+
+
+def load_strictly(module: torch.nn.Module, stored: Mapping[str, torch.Tensor], name: str, said_by: str) -> None:
+    """Load weights into a module whose sizes a file says.
+
+    Args:
+        module: of these sizes.
+        stored: all of its weights and no others.
+        name: where they are from.
+        said_by: what says the sizes.
+
+    Raises:
+        ModelError: one is missing, of another shape, or left over.
+    """
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    for key, wanted in expected.items():
+        if key not in stored or tuple(stored[key].shape) != wanted:
+            found = f"has {list(stored[key].shape)} for" if key in stored else "lacks"
+            raise ModelError(f"{name} {found} {key!r}; {said_by} ask for {list(wanted)}.")
+    if left := sorted(stored.keys() - expected.keys()):
+        raise ModelError(f"{name} has {len(left)} weights that nothing reads, such as {left[0]!r}.")
+    module.load_state_dict(dict(stored))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from controlroom.backbones.base import expand_learned_words
 from controlroom.backbones.image_encoder import check_image_encoder, image_features, load_image_encoder
 from controlroom.backbones.loading import find_model
-from controlroom.backbones.model_files import explained, read_json, read_safetensors
+from controlroom.backbones.model_files import explained, load_strictly, read_json, read_safetensors
 from controlroom.core.backbone import Backbone
 from controlroom.core.branch import Condition
 from controlroom.core.errors import ModelError
@@ -378,14 +378,7 @@ def load_subject_reader(folder: Path, backbone: Backbone) -> SubjectReader:
         stored |= read_safetensors(file)
     stored = {key: value for key, value in stored.items() if not key.endswith("position_ids")}
     encoder = SubjectEncoder(shape)
-    expected = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
-    for key, wanted in expected.items():
-        if key not in stored or tuple(stored[key].shape) != wanted:
-            found = f"has {list(stored[key].shape)} for" if key in stored else "lacks"
-            raise ModelError(f"{place} {found} {key!r}; its config.json asks for {list(wanted)}.")
-    if left := sorted(stored.keys() - expected.keys()):
-        raise ModelError(f"{place} has {len(left)} weights that nothing reads, such as {left[0]!r}.")
-    encoder.load_state_dict(stored)
+    load_strictly(encoder, stored, str(place), "the sizes in its config.json")
     encoder = encoder.to(device=backbone.device, dtype=backbone.dtype).eval().requires_grad_(False)
     if shape.vision_config is not None:
         return SubjectReader(encoder, _bert(place))

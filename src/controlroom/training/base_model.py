@@ -62,7 +62,7 @@ class BaseModel:
         self.backbone: Backbone = replace(given, **parts, kept={})
         self.trains = frozenset(trains)
         self._conditions: dict[tuple[str, tuple[int, int]], Condition] = {}
-        self.model = pipe.model
+        self.model, self._kind = pipe.model, type(pipe)
         if self.device.type == "cpu":
             from diffusers.models.attention_processor import AttnProcessor
 
@@ -150,6 +150,18 @@ class BaseModel:
         found = [self.backbone.encode_picture(rows[i : i + 16]).float() for i in range(0, len(rows), 16)]
         return torch.cat(found)
 
+    @contextmanager
+    def drawing(self) -> Iterator[Pipeline]:
+        """A pipeline that draws with these networks, for previews; they are in eval mode within the block."""
+        modes = {m: m.training for part in self.trained().values() for m in part.modules()}
+        for module in self.trained().values():
+            module.eval()
+        try:
+            yield self._kind(replace(self.backbone, kept={}), None, self.model)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
 
 def _joined(conditions: Sequence[Condition]) -> Condition:
     """One row each."""
@@ -172,16 +184,3 @@ def _copied(module: Any, trains: bool) -> Any:
     shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     shared |= {id(b): b.detach() for b in module.buffers()}
     return remove_hook_from_module(copy.deepcopy(module, shared), recurse=True).eval()
-
-
-@contextmanager
-def as_pipeline(pipe: Pipeline, base: BaseModel) -> Iterator[Pipeline]:
-    """The pipeline drawing with the networks of a training, for previews; they are in eval mode within the block."""
-    modes = {m: m.training for part in base.trained().values() for m in part.modules()}
-    for module in base.trained().values():
-        module.eval()
-    try:
-        yield type(pipe)(replace(base.backbone, kept={}), None, pipe.model)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -27,18 +27,17 @@ from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
 from controlroom.training.learned_word import NewWord
 from controlroom.training.low_rank import ATTENTION, LowRankLayers, layers_ending
-from controlroom.training.objective import Objective
 from controlroom.training.own_rate import OwnRate
 from controlroom.training.prompt_templates import with_word
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import RecipeSettings
-from controlroom.training.shown import Shown, ShownBatch
+from controlroom.training.shown import Shown
+from controlroom.training.shown_recipe import Batch, ShownRecipe, ShownSettings
 
 FILE = "lora.safetensors"
 
 
-class DCOSettings(RecipeSettings):
+class DCOSettings(ShownSettings):
     """How a subject is learned. For a style the authors take rank 64, 1000 steps and a noise offset of 0.1."""
 
     loop: ClassVar[dict[str, Any]] = {
@@ -69,8 +68,6 @@ class DCOSettings(RecipeSettings):
     """What a new word starts from; None: random vectors."""
     text_rate: float = Field(default=0.1, gt=0.0, le=1.0)
     """Learning rate of text encoders and new word, as a share of the run's: 5e-6 of 5e-5."""
-    flip: bool = False
-    """Also show each picture mirrored."""
     file_format: Literal["diffusers", "kohya"] = "diffusers"
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> DCORecipe:
@@ -78,7 +75,7 @@ class DCOSettings(RecipeSettings):
         return DCORecipe(base, Shown(base, pictures, self.prompt, size=self.hw, flip=self.flip), self)
 
 
-class DCORecipe:
+class DCORecipe(ShownRecipe[DCOSettings]):
     """Recipe: a LoRA that is better than its base, by no more than needed.
 
     Args:
@@ -95,7 +92,7 @@ class DCORecipe:
     name = "dco"
 
     def __init__(self, base: BaseModel, shown: Shown, settings: DCOSettings) -> None:
-        self.base, self.shown, self.settings = base, shown, settings
+        super().__init__(base, shown, settings)
         self.dataset_size: int | None = len(shown)
         names = base.names()
         chosen = layers_ending(names, settings.layers, PARTS if settings.text_encoders else (UNET,))
@@ -105,24 +102,10 @@ class DCORecipe:
         for factors in (self.adapter.down, self.adapter.up):
             slow += [factor for (part, _), factor in zip(chosen, factors, strict=True) if part != UNET]
         self._slow = OwnRate(slow, settings.text_rate)
-        self.objective = Objective(base.backbone.scheduler, settings.objective)
 
     def modules(self) -> dict[str, nn.Module]:
         words = {} if self.word is None else {"word": self.word}
         return {"lora": self.adapter, **words}
-
-    def frozen(self) -> dict[str, nn.Module]:
-        return self.base.frozen()
-
-    def fingerprint(self) -> str:
-        return f"{self.shown.fingerprint()} {self.settings.model_dump_json()}"
-
-    def names(self, indices: Sequence[int]) -> tuple[str, ...]:
-        """Names of pictures, for messages."""
-        return self.shown.batch(indices).names
-
-    def batch(self, indices: Sequence[int], step: int) -> ShownBatch:
-        return self.shown.batch(indices)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -133,23 +116,27 @@ class DCORecipe:
                 stack.enter_context(self.word.known())
             yield
 
-    def told(self, prompts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def told(self, prompt: str) -> str:
+        return with_word(prompt, self.settings.word)
+
+    def named_and_plain(self, prompts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Prompts with the subject's word, and plain ones for the untouched network."""
         word, plain = self.settings.word, self.settings.plain
-        named = tuple(with_word(text, word) for text in prompts)
+        named = tuple(self.told(text) for text in prompts)
         if not word:
             return named, named
         return named, tuple(" ".join(text.replace(word, plain).split()) for text in named)
 
-    def loss(self, batch: ShownBatch, step: int, rng: StepRandom) -> Losses:
+    def loss(self, batch: Batch, step: int, rng: StepRandom) -> Losses:
+        shown, _ = batch
         self._slow.before()
-        drawn = self.objective.draw(batch.latents, rng)
-        named, plain = self.told(batch.prompts)
+        drawn = self.objective.draw(shown.latents, rng)
+        named, plain = self.named_and_plain(shown.prompts)
 
         def errors(prompts: Sequence[str], grad: bool) -> Tensor:
             condition = self.base.condition(prompts, self.shown.size, grad=grad)
             predicted = self.base.predict(drawn.latents, drawn.t, condition)
-            return self.objective.errors(predicted, drawn, batch.mask) * drawn.weight
+            return self.objective.errors(predicted, drawn, shown.mask) * drawn.weight
 
         with torch.no_grad():
             reference = errors(plain, grad=False)

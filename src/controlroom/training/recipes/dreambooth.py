@@ -18,16 +18,15 @@ from controlroom.backbones.lora_names import TEXT, TEXT_2, UNET
 from controlroom.data.pictures import Picture
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
-from controlroom.training.objective import Objective
 from controlroom.training.prior import subject_loss
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import RecipeSettings
 from controlroom.training.recipes.dreambooth_lora import subject_and_class
-from controlroom.training.shown import Shown, ShownBatch
+from controlroom.training.shown import Shown
+from controlroom.training.shown_recipe import Batch, ShownRecipe, ShownSettings
 
 
-class DreamBoothSettings(RecipeSettings):
+class DreamBoothSettings(ShownSettings):
     """How a network learns a subject."""
 
     loop: ClassVar[dict[str, Any]] = {"total_steps": 800, "batch_size": 1, "learning_rate": 5e-6}
@@ -41,8 +40,6 @@ class DreamBoothSettings(RecipeSettings):
     class_steps: PositiveInt = 50
     text_encoders: bool = False
     """Whether the text encoders learn as well."""
-    flip: bool = False
-    """Also show each picture mirrored."""
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> DreamBooth:
         parts = [UNET]
@@ -53,7 +50,7 @@ class DreamBoothSettings(RecipeSettings):
         return DreamBooth(base, shown, self, beside)
 
 
-class DreamBooth:
+class DreamBooth(ShownRecipe[DreamBoothSettings]):
     """Recipe: the whole UNet on a subject and its class.
 
     Args:
@@ -70,35 +67,20 @@ class DreamBooth:
     def __init__(
         self, base: BaseModel, shown: Shown, settings: DreamBoothSettings, beside: Shown | None = None
     ) -> None:
-        self.base, self.shown, self.settings, self.beside = base, shown, settings, beside
+        super().__init__(base, shown, settings, beside)
         self.dataset_size: int | None = len(shown)
         for module in base.trained().values():
             module.requires_grad_(True)
-        self.objective = Objective(base.backbone.scheduler, settings.objective)
 
     def modules(self) -> dict[str, nn.Module]:
         return self.base.trained()
-
-    def frozen(self) -> dict[str, nn.Module]:
-        return self.base.frozen()
-
-    def fingerprint(self) -> str:
-        beside = "" if self.beside is None else f" beside {self.beside.fingerprint()}"
-        return f"{self.shown.fingerprint()}{beside} {self.settings.model_dump_json()}"
-
-    def names(self, indices: Sequence[int]) -> tuple[str, ...]:
-        """Names of pictures, for messages."""
-        return self.shown.batch(indices).names
-
-    def batch(self, indices: Sequence[int], step: int) -> tuple[ShownBatch, ShownBatch | None]:
-        return self.shown.batch(indices), None if self.beside is None else self.beside.beside(step, len(indices))
 
     def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
         """What the network predicts."""
         condition = self.base.condition(prompts, self.shown.size, grad=self.settings.text_encoders)
         return self.base.predict(noisy, t, condition)
 
-    def loss(self, batch: tuple[ShownBatch, ShownBatch | None], step: int, rng: StepRandom) -> Losses:
+    def loss(self, batch: Batch, step: int, rng: StepRandom) -> Losses:
         subject, beside = batch
         return subject_loss(self.objective, self.predict, subject, beside, rng, self.settings.class_weight)
 

@@ -23,17 +23,16 @@ from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
 from controlroom.training.buckets import BucketOrder
 from controlroom.training.low_rank import ATTENTION, LowRankLayers, layers_ending
-from controlroom.training.objective import Objective
 from controlroom.training.prior import subject_loss
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import RecipeSettings
-from controlroom.training.shown import Shown, ShownBatch
+from controlroom.training.shown import Shown
+from controlroom.training.shown_recipe import Batch, ShownRecipe, ShownSettings
 
 FILE = "lora.safetensors"
 
 
-class LoRASettings(RecipeSettings):
+class LoRASettings(ShownSettings):
     """How a LoRA is trained."""
 
     loop: ClassVar[dict[str, Any]] = {"total_steps": 1500, "batch_size": 1, "learning_rate": 1e-4}
@@ -51,8 +50,6 @@ class LoRASettings(RecipeSettings):
     """Whether the text encoders learn as well."""
     without_words: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of samples without words, so that guidance keeps its meaning in long trainings; 0.1."""
-    flip: bool = False
-    """Also show each picture mirrored."""
     buckets: bool = True
     """Whether pictures keep their shape, each batch of one; otherwise the middle of ``size`` is cut out."""
     file_format: Literal["diffusers", "kohya"] = "diffusers"
@@ -63,7 +60,7 @@ class LoRASettings(RecipeSettings):
         return LoRARecipe(base, shown, self)
 
 
-class LoRARecipe:
+class LoRARecipe(ShownRecipe[LoRASettings]):
     """Recipe: low-rank layers on pictures with captions.
 
     Args:
@@ -86,34 +83,19 @@ class LoRARecipe:
         beside: Shown | None = None,
         class_weight: float = 1.0,
     ) -> None:
-        self.base, self.shown, self.settings = base, shown, settings
-        self.beside, self.class_weight = beside, class_weight
+        super().__init__(base, shown, settings, beside)
+        self.class_weight = class_weight
         names = base.names()
         parts = PARTS if settings.text_encoders else (UNET,)
         chosen = layers_ending(names, settings.layers, parts)
         self.adapter = LowRankLayers(names, chosen, settings.rank, settings.alpha, settings.dora)
-        self.objective = Objective(base.backbone.scheduler, settings.objective)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"lora": self.adapter}
 
-    def frozen(self) -> dict[str, nn.Module]:
-        return self.base.frozen()
-
-    def fingerprint(self) -> str:
-        beside = "" if self.beside is None else f" beside {self.beside.fingerprint()} {self.class_weight}"
-        return f"{self.shown.fingerprint()}{beside} {self.settings.model_dump_json()}"
-
-    def names(self, indices: Sequence[int]) -> tuple[str, ...]:
-        """Names of pictures, for messages."""
-        return self.shown.batch(indices).names
-
     def batch_order(self, batch_size: int, seed: int, first_slot: int) -> BucketOrder:
         """Batches of one size."""
         return self.shown.order(batch_size, seed, first_slot)
-
-    def batch(self, indices: Sequence[int], step: int) -> tuple[ShownBatch, ShownBatch | None]:
-        return self.shown.batch(indices), None if self.beside is None else self.beside.beside(step, len(indices))
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -129,7 +111,7 @@ class LoRARecipe:
             condition = self.base.condition(prompts, size, grad=self.settings.text_encoders)
             return self.base.predict(noisy, t, condition)
 
-    def loss(self, batch: tuple[ShownBatch, ShownBatch | None], step: int, rng: StepRandom) -> Losses:
+    def loss(self, batch: Batch, step: int, rng: StepRandom) -> Losses:
         subject, beside = batch
         if self.settings.without_words:
             left_out = rng.uniform("words") < self.settings.without_words

@@ -22,19 +22,18 @@ from controlroom.data.pictures import Picture
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
 from controlroom.training.learned_word import NewWord
-from controlroom.training.objective import Objective
 from controlroom.training.prior import subject_loss
 from controlroom.training.prompt_templates import TEMPLATES, has_place, with_word
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import RecipeSettings
 from controlroom.training.shown import Shown, ShownBatch
+from controlroom.training.shown_recipe import Batch, ShownRecipe, ShownSettings
 
 _ANY = "{}"
 """Stands for any of the sentences."""
 
 
-class TextualInversionSettings(RecipeSettings):
+class TextualInversionSettings(ShownSettings):
     """How a word is learned.
 
     The published rate of 5e-4 is multiplied by the batch in diffusers' script (``--scale_lr``): 2e-3 for 4.
@@ -58,8 +57,6 @@ class TextualInversionSettings(RecipeSettings):
     """Whether pictures with a caption are shown under it (with {}, {token} or the word), not under the sentences."""
     retraction: bool = False
     """Whether the vectors keep the length that they started with, so that the word does not drown out others."""
-    flip: bool = False
-    """Also show each picture mirrored."""
 
     @field_validator("templates")
     @classmethod
@@ -79,7 +76,7 @@ class TextualInversionSettings(RecipeSettings):
         return TextualInversionRecipe(base, shown, self)
 
 
-class TextualInversionRecipe:
+class TextualInversionRecipe(ShownRecipe[TextualInversionSettings]):
     """Recipe: the vectors of one new word.
 
     Args:
@@ -96,7 +93,7 @@ class TextualInversionRecipe:
     name = "textual_inversion"
 
     def __init__(self, base: BaseModel, shown: Shown, settings: TextualInversionSettings) -> None:
-        self.base, self.shown, self.settings = base, shown, settings
+        super().__init__(base, shown, settings)
         self.dataset_size: int | None = len(shown)
         for picture, text in zip(shown.pictures, shown.prompts, strict=True):
             if not has_place(text) and settings.word not in text:
@@ -104,23 +101,15 @@ class TextualInversionRecipe:
                     f"The caption of {picture.name} has neither {settings.word} nor {{}} in its place: {text!r}."
                 )
         self.word = NewWord(base, settings.word, settings.vectors, settings.initial)
-        self.objective = Objective(base.backbone.scheduler, settings.objective)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"word": self.word}
 
-    def frozen(self) -> dict[str, nn.Module]:
-        return self.base.frozen()
-
     def fingerprint(self) -> str:
-        return f"{self.shown.fingerprint()} {self.settings.sentences} {self.settings.model_dump_json()}"
+        return f"{self.settings.sentences} {super().fingerprint()}"
 
-    def names(self, indices: Sequence[int]) -> tuple[str, ...]:
-        """Names of pictures, for messages."""
-        return self.shown.batch(indices).names
-
-    def batch(self, indices: Sequence[int], step: int) -> ShownBatch:
-        return self.shown.batch(indices)
+    def told(self, prompt: str) -> str:
+        return with_word(prompt, self.settings.word)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -141,8 +130,8 @@ class TextualInversionRecipe:
         texts = [sentences[k] if text == _ANY else text for k, text in zip(drawn, batch.prompts, strict=True)]
         return tuple(with_word(text, word) for text in texts)
 
-    def loss(self, batch: ShownBatch, step: int, rng: StepRandom) -> Losses:
-        told = replace(batch, prompts=self.prompts(batch, rng))
+    def loss(self, batch: Batch, step: int, rng: StepRandom) -> Losses:
+        told = replace(batch[0], prompts=self.prompts(batch[0], rng))
         return subject_loss(self.objective, self.predict, told, None, rng)
 
     def after_step(self, step: int) -> None:

@@ -27,8 +27,8 @@ from controlroom.training.recipes.theatre_unet import Conditioner, theatre_objec
 
 MOVED_SHARE = 0.35
 """Pairs whose target is in another place; their words name it."""
-EMPTY_SHARE = 0.5
-"""Pairs in one place without any words."""
+EMPTY_SHARE = 0.8
+"""Of the pairs in one place, those without any words: the reference alone must carry the place."""
 HELD_OUT_PAIRS = 16
 
 Predict = Callable[["PairBatch", Tensor, Tensor], Tensor]

@@ -29,11 +29,13 @@ from controlroom.training.recipes.theatre_pairs import EMPTY_SHARE, MOVED_SHARE,
 
 ALONE_SHARE = 0.15
 """Samples of joint training that do not see the reference."""
+WORDLESS_SHARE = 0.5
+"""Samples of the ControlNet alone that have an empty prompt, as published."""
 
 
 def target_words(pair: Pair, dice: Dice) -> str:
     """A caption of the target, or nothing."""
-    return "" if dice.chance(EMPTY_SHARE) else training_caption(pair.target, dice)
+    return "" if dice.chance(WORDLESS_SHARE) else training_caption(pair.target, dice)
 
 
 class TheatrePoseControlNet:
@@ -88,8 +90,9 @@ class TheatrePoseControlNet:
         return {"unet": self.unet, "text_encoder": self.pairs.conditioner.encoder, "vae": self.pairs.vae}
 
     def fingerprint(self) -> str:
+        shares = f"moved={MOVED_SHARE} empty={WORDLESS_SHARE if self.writer is None else EMPTY_SHARE}"
         together = "" if self.writer is None else f" together alone={ALONE_SHARE}"
-        return f"{WORLD_VERSION} pairs={self.pairs.count} moved={MOVED_SHARE} empty={EMPTY_SHARE}{together}"
+        return f"{WORLD_VERSION} pairs={self.pairs.count} {shares}{together}"
 
     def batch(self, indices: Sequence[int], step: int) -> PairBatch:
         return self.pairs.batch(indices, step, target_words if self.writer is None else pair_words)

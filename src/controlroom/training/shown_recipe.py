@@ -1,0 +1,97 @@
+"""What recipes that learn a subject or a style from pictures share: their data, names for messages, and previews."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, TypeVar
+
+from PIL import Image
+from pydantic import PositiveInt
+from torch import nn
+
+from controlroom.training.base_model import BaseModel
+from controlroom.training.objective import Objective
+from controlroom.training.recipe_settings import RecipeSettings
+from controlroom.training.shown import Shown, ShownBatch
+
+Batch = tuple[ShownBatch, ShownBatch | None]
+"""Pictures of the subject, and those of its class that are shown beside them."""
+
+
+class ShownSettings(RecipeSettings):
+    """What the settings of these recipes share."""
+
+    flip: bool = False
+    """Also show each picture mirrored."""
+    previews: tuple[str, ...] = ()
+    """Prompts to draw on the way, ten times or every ``preview_every`` steps of the loop."""
+    preview_steps: PositiveInt = 20
+    """Solver steps of each."""
+
+    def fingerprint(self) -> str:
+        """All that what is learned depends on: previews do not count."""
+        return self.model_dump_json(exclude={"previews", "preview_steps"})
+
+
+SettingsT = TypeVar("SettingsT", bound=ShownSettings)
+
+
+class ShownRecipe(Generic[SettingsT]):
+    """Base of a recipe over `Shown` pictures; the method says what trains, what the loss is, and what is written.
+
+    Args:
+        base: the model.
+        shown: pictures of the subject or style.
+        settings: of the method.
+        beside: pictures of the class, shown beside them; None: none.
+    """
+
+    def __init__(self, base: BaseModel, shown: Shown, settings: SettingsT, beside: Shown | None = None) -> None:
+        self.base, self.shown, self.settings, self.beside = base, shown, settings, beside
+        self.objective = Objective(base.backbone.scheduler, settings.objective)
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """The networks that stay."""
+        return self.base.frozen()
+
+    def fingerprint(self) -> str:
+        """Data and settings, so that another training is not taken for this one."""
+        beside = "" if self.beside is None else f" beside {self.beside.fingerprint()}"
+        return f"{self.shown.fingerprint()}{beside} {self.settings.fingerprint()}"
+
+    def names(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """Names of pictures, for messages."""
+        return self.shown.batch(indices).names
+
+    def batch(self, indices: Sequence[int], step: int) -> Batch:
+        """The pictures of these numbers, and as many of the class."""
+        return self.shown.batch(indices), None if self.beside is None else self.beside.beside(step, len(indices))
+
+    def attached(self) -> AbstractContextManager[Any]:
+        """Within the block, the model draws with what was learned."""
+        return nullcontext()
+
+    def told(self, prompt: str) -> str:
+        """A prompt as the model is told it: with the subject's word."""
+        return prompt
+
+    def preview(self, step: int) -> list[tuple[str, Image.Image]]:
+        """The prompts of the settings, each from the same noise every time."""
+        if not self.settings.previews:
+            return []
+        height, width = self.shown.size
+        with self.attached(), self.base.drawing() as pipe:
+            return [
+                (
+                    prompt,
+                    pipe(
+                        self.told(prompt),
+                        seed=number,
+                        num_inference_steps=self.settings.preview_steps,
+                        height=height,
+                        width=width,
+                    ).images[0],
+                )
+                for number, prompt in enumerate(self.settings.previews)
+            ]
