@@ -183,6 +183,14 @@ def sample_edit(seed: int, split: Split = "train", kind: str | None = None) -> E
     raise AssertionError(f"no scene was found in which {kind} could change")
 
 
+def further_edit(edit: Edit, seed: int, kind: str, split: Split = "train") -> Edit | None:
+    """One more change on top of an edit's: from its scene after to the scene after both; None: it cannot be made."""
+    change = _change(edit.after, kind, Dice("further edit", split, seed, kind))
+    if change is None or is_held_out_combination(change[0]) or change[0] == edit.after:
+        return None
+    return Edit(edit.after, change[1], change[0], kind)
+
+
 def _change(scene: Scene, kind: str, dice: Dice) -> Change:
     if scene.framing != "full" or not scene.actors:
         return None

@@ -54,6 +54,9 @@ SUITES: dict[str, Entry] = {
     "self_guidance": Entry("a puppet shifted and resized by self-guidance", 200, f"{_HERE}.self_guidance"),
     "masactrl": Entry("another pose, by MasaCtrl and by re-prompting", 200, f"{_HERE}.masactrl"),
     "pix2pix_zero": Entry("one colour changed along a direction, and by re-prompting", 200, f"{_HERE}.pix2pix_zero"),
+    "combined": Entry(
+        "several edits at once by several methods in one run, and by each alone", 200, f"{_HERE}.combined"
+    ),
     "instruct_pix2pix": Entry("instructions on true pictures", 200, f"{_HERE}.instruct_pix2pix"),
     "instruct_pix2pix_sweep": Entry(
         "the same at every pair of image and text guidance", 50, f"{_HERE}.instruct_pix2pix", "build_sweep"
