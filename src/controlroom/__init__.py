@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from controlroom.controls.personal.lora import LoRA as LoRA
     from controlroom.controls.personal.photomaker import PhotoMaker as PhotoMaker
     from controlroom.controls.personal.textual_inversion import TextualInversion as TextualInversion
+    from controlroom.controls.personal.unimo_g import UnimoG as UnimoG
     from controlroom.controls.pose.appearance import AppearanceControl as AppearanceControl
     from controlroom.controls.region import Region as Region
     from controlroom.controls.regions.ms_diffusion import MSDiffusion as MSDiffusion
@@ -167,6 +168,7 @@ _EXPORTS: dict[str, str] = {
     "StyleAligned": "controlroom.controls.style.style_aligned",
     "T2IAdapter": "controlroom.controls.spatial.t2i_adapter",
     "UniControlNet": "controlroom.controls.spatial.uni_controlnet",
+    "UnimoG": "controlroom.controls.personal.unimo_g",
     "TextualInversion": "controlroom.controls.personal.textual_inversion",
     "Upscale": "controlroom.controls.editing.upscale",
     "WordMask": "controlroom.controls.word_mask",

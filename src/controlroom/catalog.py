@@ -268,8 +268,9 @@ SYSTEMS: tuple[System, ...] = (
         recipe="controlroom.training.recipes.unimo_g:UnimoGRecipe",
         backbones=SD,
         weights_licence="no public weights known",
-        no_neutral="it replaces the prompt, as words do",
-        proof="the published equations, transcribed in the test",
+        status="working",
+        neutral=SCALE_0,
+        proof="transcription of what the network is told, latents of runs of a UNet with its keys and values",
     ),
     System(
         number=12,
@@ -1105,6 +1106,7 @@ CONTROL_TYPES: dict[str, str] = {
     "textual_inversion": "controlroom.controls.personal.textual_inversion:TextualInversion",
     "upscale": "controlroom.controls.editing.upscale:Upscale",
 }
+    "unimo_g": "controlroom.controls.personal.unimo_g:UnimoG",
 
 
 def load(path: str) -> Any:

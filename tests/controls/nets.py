@@ -301,3 +301,18 @@ def tiny_kosmos(pipe: Any, seed: int = 41) -> Any:
             gain = 0.3 if parameter.ndim == 1 or name.startswith("language.embed") else 0.1
             parameter.add_(gain * torch.randn(parameter.shape, generator=generator))
     return reader.eval().requires_grad_(False)
+
+
+def tiny_unimo(pipe: Any, seed: int = 43) -> Any:
+    """A UNIMO-G for a miniature, random, with the language model of `tiny_kosmos`."""
+    from controlroom.backbones.unimo import new_unimo
+    from controlroom.sampling.pipeline import Pipeline
+
+    reader = new_unimo(tiny_kosmos(pipe), Pipeline.from_diffusers(pipe).backbone, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in ("prompt", "visual", "layers"):
+            for parameter in reader.model.parts()[part].parameters():
+                gain = 0.3 if parameter.ndim == 1 else 0.5 / parameter.shape[1] ** 0.5
+                parameter.add_(gain * torch.randn(parameter.shape, generator=generator))
+    return reader.eval().requires_grad_(False)

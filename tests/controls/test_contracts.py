@@ -36,6 +36,7 @@ from tests.controls.nets import (
     tiny_ms_diffusion,
     tiny_photomaker,
     tiny_t2i_adapter,
+    tiny_unimo,
     write_instant_id,
     write_subject_reader,
     write_uni_controlnet,
@@ -126,6 +127,7 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "smoothed_energy_guidance": lambda folder: {"layers": "up", "sigma": 2.0},
     "style_aligned": lambda folder: {"reference": picture(8), "prompt": "a blue dog"},
     "t2i_adapter": lambda folder: {"model": str(folder / "t2i_adapter"), "image": picture(10)},
+    "unimo_g": lambda folder: {"model": str(folder / "unimo"), "images": [picture(18), picture(19)]},
     "uni_controlnet": lambda folder: {
         "model": str(folder / "uni_controlnet"),
         "images": {"pose": picture(11), "depth": picture(12)},
@@ -169,6 +171,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "style_aligned": {"scale": 0.0},
     "t2i_adapter": {"scale": 0.0},
     "uni_controlnet": {"scale": 0.0},
+    "unimo_g": {"scale": 0.0},
 }
 
 NEVER_NEUTRAL = (
@@ -223,6 +226,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "t2i_adapter": ("model", "image", "scale", "start", "end", "mask"),
     "textual_inversion": ("model", "token"),
     "uni_controlnet": ("model", "images", "content", "scale", "local_scale", "global_scale"),
+    "unimo_g": ("model", "images", "scale", "start", "end", "mask"),
     "upscale": ("image", "strength"),
 }
 """Positional arguments that checks from outside rely on (DESIGN.md, section 9)."""
@@ -258,6 +262,7 @@ class Stage:
         write_instant_id(plain.unet, folder / "instant_id")
         tiny_photomaker(plain).save(folder / "photomaker.safetensors")
         tiny_kosmos(plain).save(folder / "kosmos")
+        tiny_unimo(plain).save(folder / "unimo")
         other = BACKBONES[kind](seed=9, in_channels=channels).unet
         tiny_imagic(gated_unet(other) if gated else other, kind == "sdxl", folder / "imagic")
         BACKBONES[kind](seed=9).unet.save_pretrained(folder / "writer")

@@ -185,7 +185,7 @@ class KosmosReader(MultimodalReader[KosmosModel]):
         return self.model(sequences(tokenizer, texts, self.model.shape), shown)
 
 
-def new_kosmos(image_encoder: Any, backbone: Backbone, seed: int = 0, **sizes: int) -> KosmosReader:
+def new_kosmos(image_encoder: Any, backbone: Backbone, seed: int = 0, **sizes: Any) -> KosmosReader:
     """An untrained network for a base model; its eye is the image encoder's last block.
 
     Args:

@@ -34,7 +34,9 @@ def said_as(kind: type[PromptT], said: str) -> PromptT:
     return found
 
 
-def said_prompts(label: str, texts: Texts, images: Any, kind: type[SaidPrompt]) -> tuple[str, ...]:
+def said_prompts(
+    label: str, texts: Texts, images: Any, kind: type[SaidPrompt], always: bool = False
+) -> tuple[str, ...]:
     """The prompts with places for the pictures: where they have none, the pictures stand before the words.
 
     Args:
@@ -42,14 +44,16 @@ def said_prompts(label: str, texts: Texts, images: Any, kind: type[SaidPrompt]) 
         texts: what the user wrote.
         images: what the control was given.
         kind: class of what is made; prompts without pictures stay as they are.
+        always: whether the control reads prompts without pictures too.
 
     Raises:
         InputError: another number of pictures than of places, or pictures with a prompt that is not text.
     """
     counts = picture_counts(images)
-    if any(counts) and ("prompt" in texts.embeds or "prompt" in texts.seconds):
-        raise InputError(f"{label} puts pictures into the prompt. Give it as text, and no prompt_2.")
-    if any(counts) and "negative_prompt" in texts.embeds:
+    reads = always or any(counts)
+    if reads and ("prompt" in texts.embeds or "prompt" in texts.seconds):
+        raise InputError(f"{label} reads the prompt itself. Give it as text, and no prompt_2.")
+    if reads and "negative_prompt" in texts.embeds:
         raise InputError(f"{label} reads the negative prompt too. Give it as text.")
     share = max(1, len(texts.prompts) // len(counts))
     rows = [counts[min(i // share, len(counts) - 1)] for i in range(len(texts.prompts))]

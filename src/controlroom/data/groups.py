@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from PIL import Image
 
 from controlroom.core.errors import InputError
 from controlroom.data.pictures import Picture, fingerprint
@@ -21,6 +23,8 @@ class PlacedSubject:
         word: what it is called.
         box: where it is.
         picture: of it alone, in another scene: a crop of the target would be copied, not understood.
+        read_mask: where it is seen (mode L, white is the subject), of the size of the picture that it is one of the
+            subjects of; None: in its box.
 
     Raises:
         InputError: no word; a box that has no area or leaves the picture.
@@ -29,6 +33,7 @@ class PlacedSubject:
     word: str
     box: Box
     picture: Picture
+    read_mask: Callable[[], Image.Image] | None = None
 
     def __post_init__(self) -> None:
         left, top, right, bottom = self.box

@@ -124,6 +124,18 @@ RECIPES = (
         "KOSMOS-G, stage 3: pictures of subjects between the words, through the frozen UNet",
         "folder for cr.KosmosG",
     ),
+    RecipeEntry(
+        "unimo_text",
+        "unimo_g:UnimoTextSettings",
+        "UNIMO-G, stage 1: keys and values that read a multimodal language model's states of captions",
+        "folder for unimo_g, and for cr.UnimoG without pictures",
+    ),
+    RecipeEntry(
+        "unimo_g",
+        "unimo_g:UnimoGSettings",
+        "UNIMO-G, stage 2: cut-outs of several entities between the words, their attention held to their places",
+        "folder for cr.UnimoG",
+    ),
 )
 
 

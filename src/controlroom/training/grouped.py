@@ -74,8 +74,10 @@ class EncodedGroups:
         self._first = [0]
         for group in groups:
             self._first.append(self._first[-1] + len(group.subjects))
-        self._latents = self._kept(self._encode, len(groups), cache_folder, {"vae": base.vae})
-        self._features = self._kept(self._seen, len(self._subjects), cache_folder, {"image_encoder": described_by})
+        version = self.fingerprint()
+        self._latents = kept_rows(self._encode, len(groups), cache_folder, {"vae": base.vae}, version)
+        by = {"image_encoder": described_by}
+        self._features = kept_rows(self._seen, len(self._subjects), cache_folder, by, version)
 
     def __len__(self) -> int:
         """How many pictures an epoch shows."""
@@ -90,17 +92,6 @@ class EncodedGroups:
 
     def _seen(self, slots: Sequence[int]) -> Tensor:
         return self._describe([self._subjects[slot].picture.read() for slot in slots])[..., None].float().cpu()
-
-    def _kept(
-        self, make: Callable[[Sequence[int]], Tensor], count: int, folder: Path | None, by: dict[str, nn.Module]
-    ) -> Callable[[Sequence[int]], Tensor]:
-        """A function that reads rows which ``make`` made once."""
-        if folder is None:
-            whole = torch.cat([make(range(i, min(i + 64, count))) for i in range(0, count, 64)])
-            return lambda rows: whole[list(rows)]
-        channels, height, width = make([0]).shape[1:]
-        cache = LatentCache(folder, cache_key(by, self.fingerprint()), count, (channels, height, width)).build(make)
-        return lambda rows: cache.read(list(rows)).float()
 
     def batch(self, indices: Sequence[int]) -> GroupBatch:
         """Groups of these numbers, filled up to as many subjects as the largest has."""
@@ -125,3 +116,23 @@ class EncodedGroups:
             boxes.to(device),
             inside.to(device),
         )
+
+
+def kept_rows(
+    make: Callable[[Sequence[int]], Tensor], count: int, folder: Path | None, by: dict[str, nn.Module], version: str
+) -> Callable[[Sequence[int]], Tensor]:
+    """A function that reads rows which ``make`` made once.
+
+    Args:
+        make: rows of these numbers, [n, C, H, W].
+        count: number of rows.
+        folder: where they are kept, in half precision; None: in memory.
+        by: networks that ``make`` uses.
+        version: of what they are made of.
+    """
+    if folder is None:
+        whole = torch.cat([make(range(i, min(i + 64, count))) for i in range(0, count, 64)])
+        return lambda rows: whole[list(rows)]
+    channels, height, width = make([0]).shape[1:]
+    cache = LatentCache(folder, cache_key(by, version), count, (channels, height, width)).build(make)
+    return lambda rows: cache.read(list(rows)).float()

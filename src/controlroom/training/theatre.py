@@ -167,6 +167,16 @@ def _kosmos(stage: Literal["language", "align", "instruct"]) -> Recipe[Any]:
 
 
 def _instruct_pix2pix() -> Recipe[Any]:
+def _unimo(stage: Literal["text", "instruct"]) -> Recipe[Any]:
+    from controlroom.training.recipes import theatre_unimo as unimo
+    from controlroom.training.recipes.theatre_ip_adapter_multi import theatre_pipeline
+
+    pipe = theatre_pipeline(*_trained_parts())
+    if stage == "text":
+        return unimo.theatre_unimo_text(pipe, RUNS / "kosmos_language/weights", cache_folder=RUNS / "latents")
+    return unimo.theatre_unimo_g(pipe, RUNS / "unimo_text/weights", cache_folder=RUNS / "latents")
+
+
     from controlroom.training.recipes.theatre_instruct_pix2pix import TheatreInstructPix2Pix
 
     return TheatreInstructPix2Pix(*_trained_parts(), RUNS / "latents", edits=PAIRS)
@@ -358,6 +368,16 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     ),
     "instruct_pix2pix": (
         _instruct_pix2pix,
+    "unimo_text": (
+        partial(_unimo, "text"),
+        _CONTROL
+        | {"total_samples": 64_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4, "validate_every": 500},
+    ),
+    "unimo_g": (
+        partial(_unimo, "instruct"),
+        _CONTROL
+        | {"total_samples": 48_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4, "validate_every": 500},
+    ),
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
     ),
 }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
 
 from controlroom.data.groups import Group, PlacedSubject
 from controlroom.data.pictures import Picture
@@ -22,7 +25,7 @@ from controlroom.data.theatre.scene import (
     is_held_out_combination,
     sample_scene,
 )
-from controlroom.data.theatre.truth import boxes
+from controlroom.data.theatre.truth import boxes, maps
 
 TWO_PUPPETS = Mix(kinds={"two_puppets": 1.0}, styles={"flat": 1.0}, views={"front": 1.0})
 PUPPET_AND_PROP = Mix(kinds={"puppet_and_prop": 1.0}, styles={"flat": 1.0}, views={"front": 1.0})
@@ -83,7 +86,8 @@ def _one_subject(seed: int, split: Split, moved: float) -> Group:
     (box,) = boxes(pair.target)
     left, top, right, bottom = box if box is not None else (0.0, 0.0, float(CANVAS), float(CANVAS))
     place = (left / CANVAS, top / CANVAS, right / CANVAS, bottom / CANVAS)
-    subject = PlacedSubject(name_of(pair.target.puppets[0]), place, _picture(f"{name} source", pair.source))
+    source = _picture(f"{name} source", pair.source, alone=True)
+    subject = PlacedSubject(name_of(pair.target.puppets[0]), place, source, _mask(pair.target, 0))
     return Group(_picture(name, pair.target, short_caption(pair.target)), (subject,))
 
 
@@ -93,14 +97,21 @@ def _group(seed: int, split: Split) -> Group:
     words = short_caption(company.scene) if short else full_caption(company.scene)
     name = f"company {split} {seed}"
     subjects = [
-        PlacedSubject(word, box, _picture(f"{name} subject {i}", alone))
+        PlacedSubject(word, box, _picture(f"{name} subject {i}", alone, alone=True), _mask(company.scene, i))
         for i, (word, box, alone) in enumerate(zip(company.words, company.boxes, company.alone, strict=True))
     ]
     return Group(_picture(name, company.scene, words), tuple(subjects))
 
 
-def _picture(name: str, scene: Scene, caption: str = "") -> Picture:
-    return Picture(name, f"{v.WORLD_VERSION} {name}", (CANVAS, CANVAS), lambda: render(scene), caption)
+def _picture(name: str, scene: Scene, caption: str = "", alone: bool = False) -> Picture:
+    """A picture of a scene; of an actor who is ``alone`` the mask is known too."""
+    content, mask = f"{v.WORLD_VERSION} {name}", _mask(scene, 0) if alone else None
+    return Picture(name, content, (CANVAS, CANVAS), lambda: render(scene), caption, mask)
+
+
+def _mask(scene: Scene, actor: int) -> Callable[[], Image.Image]:
+    """Where an actor is seen."""
+    return lambda: Image.fromarray(maps(scene).mask(actor).astype(np.uint8) * 255)
 
 
 def _alone(actor: Actor, dice: Dice) -> Scene:

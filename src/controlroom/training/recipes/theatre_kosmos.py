@@ -42,7 +42,7 @@ def theatre_kosmos_language(
         scenes: that are drawn, each with one caption; their states take 50 kilobytes each.
         settings: sizes.
     """
-    pictures = [_picture(seed, sample_scene(seed)) for seed in range(scenes)]
+    pictures = [captioned_scene(seed) for seed in range(scenes)]
     return KosmosLanguageRecipe(pipe, image_encoder_of(clip_folder), pictures, settings)
 
 
@@ -82,7 +82,7 @@ def _caption(seed: int, scene: Scene) -> str:
     return training_caption(scene, Dice("kosmos", seed))
 
 
-def _picture(seed: int, scene: Scene) -> Picture:
-    name = f"kosmos {seed}"
-    size = (CANVAS, CANVAS)
+def captioned_scene(seed: int) -> Picture:
+    """A scene with a caption, that of its seed."""
+    scene, name, size = sample_scene(seed), f"kosmos {seed}", (CANVAS, CANVAS)
     return Picture(name, f"{v.WORLD_VERSION} {name}", size, lambda: render(scene), _caption(seed, scene))
