@@ -16,7 +16,9 @@ from controlroom.data.theatre.captions import full_caption
 from controlroom.data.theatre.edits import further_edit, sample_edit
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import is_held_out_combination
-from controlroom.evaluation.suites import combined, editing
+from controlroom.evaluation.suites import combined, editing, inverted_edits, upscale
+from controlroom.evaluation.suites import pix2pix_zero_real as zero
+from controlroom.evaluation.suites import prompt_to_prompt_real as real
 from controlroom.evaluation.suites.drawing import PipelineDrawer, together
 from controlroom.evaluation.suites.journal import Journal
 from controlroom.evaluation.suites.pages import page
@@ -53,6 +55,9 @@ def measured(suite: Suite[Any], drawer: Any, folder: Path) -> Report:
 SMALL: dict[str, dict[str, Any]] = {
     # Random networks have their layers elsewhere, and nothing to reach.
     "combined": {"blend_resolution": None, "reached": 0.0, "moved": 0.5},
+    "prompt_to_prompt_real": {"iterations": 1},
+    "pix2pix_zero_real": {},
+    "upscale": {"size": 32, "strengths": (0.5, 1.0)},
 }
 
 
@@ -169,3 +174,80 @@ def test_the_person_is_held_by_what_there_is(theatre: Path, monkeypatch: pytest.
     assert "instruct_pix2pix" in {arm.name for arm in suite.arms}
     without = combined.build(combined.Settings(instructed="theatre/nothing"), 1)
     assert "instruct_pix2pix" not in {arm.name for arm in without.arms}
+
+
+# True pictures.
+
+
+def test_one_inversion_serves_all_arms_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, float | None]] = []
+
+    def fake(pipe: Any, picture: Any, prompt: str, method: str, steps: int, scale: float | None, **more: Any) -> str:
+        asked.append((method, prompt, scale))
+        return "inverted"
+
+    drawn: list[Any] = []
+
+    class Pipe:
+        def run(self, spec: Any) -> Any:
+            drawn.append(spec)
+            return type("Result", (), {"images": [f"picture {len(drawn)}"]})()
+
+    monkeypatch.setattr(inverted_edits, "invert", fake)
+    monkeypatch.setattr(inverted_edits, "FromInversion", lambda found, hold_source: (found, hold_source))
+    knows: Any = Knows([])
+    pipe: Any = Pipe()
+    suite = real.build(real.Settings(hold_source=False), 1, knows, knows)
+    case = suite.case(0)
+    before, after = full_caption(case.truth.before), full_caption(case.truth.after)
+    for method in real.METHODS:
+        for arm in (real.edited_arm(method), inverted_edits.again_arm(method)):
+            case.made[arm](pipe)
+    assert asked == [("null_text", before, 5.0), ("ddim", before, None)]
+    assert [spec.prompt for spec in drawn] == [after] * 4 and all(spec.scheduler == "ddim" for spec in drawn)
+    assert [len(spec.controls) for spec in drawn] == [2, 1, 2, 1]
+    assert drawn[0].controls[0] == ("inverted", False) and drawn[0].controls[1].source == [before]
+    drawn.clear()
+    case = zero.build(zero.Settings(), 1, knows, knows).case(0)
+    for arm in ("pix2pix_zero", inverted_edits.again_arm("regularised")):
+        case.made[arm](pipe)
+    assert asked[2:] == [("regularised", before, None)]
+    # The direction needs no words: only the peer is told the change.
+    assert [(spec.prompt, len(spec.controls)) for spec in drawn] == [(before, 2), (after, 1)]
+
+
+def test_real_edits_are_compared_with_inverting_and_prompting_again() -> None:
+    knows: Any = Knows([])
+    for suite, base in (
+        (real.build(real.Settings(), 1, knows, knows), "reprompted null_text"),
+        (zero.build(zero.Settings(), 1, knows, knows), "reprompted regularised"),
+    ):
+        assert suite.table.baseline == base and base in {arm.name for arm in suite.arms}
+        assert set(suite.table.others) <= {arm.name for arm in suite.arms}
+        case = suite.case(1)
+        assert case.truth.kind == "lower colour" and set(case.specs) == {"reprompted"}
+
+
+# Enlarging.
+
+
+def test_enlarged_pictures_are_judged_at_their_size() -> None:
+    from controlroom.evaluation.extractors.theatre import theatre_reader
+
+    suite = upscale.build(upscale.Settings(strengths=(0.3,)), 2, theatre_reader())
+    case = suite.case(0)
+    true, bicubic = case.known[upscale.TRUE](), case.known[upscale.BICUBIC]()
+    spec = case.specs["strength 0.3"]
+    control: Any = spec.controls[0]
+    assert true.size == bicubic.size == (256, 256) and (spec.height, spec.width) == (256, 256)
+    assert control.image[0].tobytes() == render(case.truth).tobytes() and control.strength == 0.3
+    joined = together([suite.case(number).specs["strength 0.3"] for number in range(2)], suite.per_prompt)
+    assert joined is not None and len(joined.controls[0].image) == 2  # type: ignore[attr-defined]
+    pictures = {upscale.TRUE: true, upscale.BICUBIC: bicubic, upscale.AUTOENCODER: true, "strength 0.3": true}
+    found = [judge([Shown(case, pictures)])[0] for judge in suite.judges]
+    assert found[0][upscale.AUTOENCODER] == {upscale.ALIKE: pytest.approx(1.0), upscale.DECIBELS: editing.CEILING}
+    likeness, distance = found[0][upscale.BICUBIC][upscale.ALIKE], found[1][upscale.BICUBIC][upscale.DISTANCE]
+    assert likeness is not None and 0.5 < likeness < 0.99
+    assert distance is not None and distance > 0.01 and found[1]["strength 0.3"][upscale.DISTANCE] == 0.0
+    with pytest.raises(InputError, match="strengths"):
+        upscale.Settings(strengths=(0.0,))
