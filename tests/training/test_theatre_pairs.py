@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
+from safetensors.torch import load_file
 
 from controlroom.controls.pose.appearance import AppearanceControl
 from controlroom.controls.spatial.controlnet import ControlNet
@@ -48,8 +49,8 @@ def trained(recipe: Any, folder: Path, steps: int = 3, **more: Any) -> Path:
     )
     assert all(np.isfinite(value) for value in result.losses.values())
     for name, module in recipe.modules().items():
-        still = [k for k, p in module.named_parameters() if torch.equal(before[name][k], p)]
-        assert still == [], name
+        moves = {k: p.requires_grad for k, p in module.named_parameters()}
+        assert moves == {k: not torch.equal(before[name][k], p) for k, p in module.named_parameters()}, name
     for name, module in recipe.frozen().items():
         assert all(torch.equal(a, b) for a, b in zip(frozen[name], module.parameters(), strict=True)), name
         assert not any(p.requires_grad for p in module.parameters()), name
@@ -120,6 +121,25 @@ def test_pose_alone_then_both_together(parts: Path, cache: Path, pipe: Pipeline,
     drawn = pipe("", controls=controls, **DRAW)
     assert torch.isfinite(drawn.images).all()
     assert drawn.manifest["cost"]["side_passes"] == 1 + 2
+
+
+@pytest.mark.parametrize("learns", ["pose", "pose_blocks"])
+def test_pose_learns_beside_a_writer_that_stays(
+    parts: Path, cache: Path, tmp_path: Path, learns: Literal["pose", "pose_blocks"]
+) -> None:
+    net, writer = trained(pose(parts, cache), tmp_path / "pose"), parts / "unet"
+    recipe = pose(parts, cache, controlnet_folder=net, appearance_folder=writer, learns=learns)
+    moving = {k.split(".")[0] for k, p in recipe.controlnet.named_parameters() if p.requires_grad}
+    ends = {"controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block"}
+    assert moving == ends if learns == "pose_blocks" else moving > ends
+    weights = trained(recipe, tmp_path / "run")
+    stays, kept = (load_file(f / "diffusion_pytorch_model.safetensors") for f in (writer, weights / "appearance"))
+    assert all(torch.equal(stays[k], kept[k]) for k in kept)
+    noisy, t = torch.randn(2, 4, 16, 16), torch.tensor([300, 600])
+    batch = recipe.batch([0, 1], 0)
+    seen = recipe.predict(batch, noisy, t)
+    recipe.reader = None
+    assert seen.requires_grad and (seen - recipe.predict(batch, noisy, t)).abs().max() > 1e-3
 
 
 def test_samples_without_reference_do_not_see_it(parts: Path, cache: Path, tmp_path: Path) -> None:

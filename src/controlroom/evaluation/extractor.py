@@ -61,7 +61,7 @@ class Distance(Protocol):
     hash: str
 
     def distance(self, first: Tensor, second: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1], twice -> [B]; 0 for equal ones."""
+        """Pictures [B, 3, H, W] in [0, 1], twice -> [B]; 0 for equal ones. A loss where gradients are recorded."""
         ...
 
 

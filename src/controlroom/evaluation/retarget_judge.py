@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
@@ -90,6 +91,7 @@ class Judge:
         attribute_reader, keypoint_reader = cls.folders()
         return cls(AttributeReader.load(attribute_reader), KeypointReader.load(keypoint_reader))
 
+    @torch.no_grad()
     def __call__(
         self, pictures: Sequence[Image.Image], pairs: Sequence[Pair], numbers: Sequence[int], method: str, key: str
     ) -> list[Verdict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from PIL import Image
@@ -12,6 +13,7 @@ from torch import nn
 
 from controlroom.training.base_model import BaseModel
 from controlroom.training.objective import Objective
+from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe_settings import RecipeSettings
 from controlroom.training.shown import Shown, ShownBatch
 
@@ -32,6 +34,14 @@ class ShownSettings(RecipeSettings):
     def fingerprint(self) -> str:
         """All that what is learned depends on: previews do not count."""
         return self.model_dump_json(exclude={"previews", "preview_steps"})
+
+
+def without_words(shown: ShownBatch, share: float, rng: StepRandom) -> ShownBatch:
+    """The batch with this share of its prompts left empty."""
+    if not share:
+        return shown
+    left_out = (rng.uniform("words") < share).tolist()
+    return replace(shown, prompts=tuple("" if out else p for p, out in zip(shown.prompts, left_out, strict=True)))
 
 
 SettingsT = TypeVar("SettingsT", bound=ShownSettings)

@@ -81,7 +81,7 @@ def _pose() -> Recipe[Any]:
     return TheatrePoseControlNet(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
 
 
-def _retarget() -> Recipe[Any]:
+def _retarget(learns: Literal["both", "pose", "pose_blocks"]) -> Recipe[Any]:
     from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
 
     return TheatrePoseControlNet(
@@ -90,6 +90,7 @@ def _retarget() -> Recipe[Any]:
         pairs=PAIRS,
         controlnet_folder=RUNS / "pose/weights",
         appearance_folder=RUNS / "appearance/weights",
+        learns=learns,
     )
 
 
@@ -166,7 +167,6 @@ def _kosmos(stage: Literal["language", "align", "instruct"]) -> Recipe[Any]:
     return kosmos.theatre_kosmos_g(pipe, RUNS / "kosmos_align/weights", cache_folder=RUNS / "latents")
 
 
-def _instruct_pix2pix() -> Recipe[Any]:
 def _unimo(stage: Literal["text", "instruct"]) -> Recipe[Any]:
     from controlroom.training.recipes import theatre_unimo as unimo
     from controlroom.training.recipes.theatre_ip_adapter_multi import theatre_pipeline
@@ -177,6 +177,7 @@ def _unimo(stage: Literal["text", "instruct"]) -> Recipe[Any]:
     return unimo.theatre_unimo_g(pipe, RUNS / "unimo_text/weights", cache_folder=RUNS / "latents")
 
 
+def _instruct_pix2pix() -> Recipe[Any]:
     from controlroom.training.recipes.theatre_instruct_pix2pix import TheatreInstructPix2Pix
 
     return TheatreInstructPix2Pix(*_trained_parts(), RUNS / "latents", edits=PAIRS)
@@ -194,6 +195,11 @@ def _depth2img() -> Recipe[Any]:
     return TheatreDepth2Img(*_trained_parts(), RUNS / "latents", scenes=SCENES)
 
 
+_RETARGET: tuple[tuple[str, Literal["both", "pose", "pose_blocks"], int], ...] = (
+    ("retarget", "both", 200_000),
+    ("retarget_pose", "pose", 100_000),
+    ("retarget_pose_blocks", "pose_blocks", 100_000),
+)
 #: What the stages share; each says what it has of its own.
 _COMMON: dict[str, Any] = {
     "batch_size": 32,
@@ -285,10 +291,14 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         _CONTROL | {"total_samples": 300_000, "matrix_learning_rate": 0.004, "learning_rate": 4e-4},
     ),
     "pose": (_pose, _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4}),
-    "retarget": (
-        _retarget,
-        _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.004, "learning_rate": 4e-4},
-    ),
+    # Both networks ship; beside an appearance module that stays, the ControlNet or only its ends are compared with it.
+    **{
+        name: (
+            partial(_retarget, learns),
+            _CONTROL | {"total_samples": samples, "matrix_learning_rate": 0.004, "learning_rate": 4e-4},
+        )
+        for name, learns, samples in _RETARGET
+    },
     # One network for all kinds of condition ships; those for one kind each are what it is measured against.
     **{
         f"controlnet_{kind}": (
@@ -358,16 +368,6 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         _CONTROL
         | {"total_samples": 32_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4, "validate_every": 500},
     ),
-    "inpaint": (
-        _inpaint,
-        _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
-    ),
-    "depth2img": (
-        _depth2img,
-        _CONTROL | {"total_samples": 150_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
-    ),
-    "instruct_pix2pix": (
-        _instruct_pix2pix,
     "unimo_text": (
         partial(_unimo, "text"),
         _CONTROL
@@ -378,6 +378,16 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         _CONTROL
         | {"total_samples": 48_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4, "validate_every": 500},
     ),
+    "inpaint": (
+        _inpaint,
+        _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
+    ),
+    "depth2img": (
+        _depth2img,
+        _CONTROL | {"total_samples": 150_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
+    ),
+    "instruct_pix2pix": (
+        _instruct_pix2pix,
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
     ),
 }

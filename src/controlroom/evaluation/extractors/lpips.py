@@ -131,7 +131,6 @@ class LpipsDistance(nn.Module):
         """[B, D]: means of all maps over their places."""
         return torch.cat([m.mean(dim=(2, 3)) for m in self.maps(images)], dim=1)
 
-    @torch.no_grad()
     def distance(self, first: Tensor, second: Tensor) -> Tensor:
         """LPIPS of each pair [B]."""
         return lpips(self.maps(first), self.maps(second), list(self.heads))

@@ -38,7 +38,6 @@ class TheatreFeatures:
         """Means of the two deepest stages: what is there, whatever its place."""
         return torch.cat([m.mean(dim=(2, 3)) for m in self.reader.features(signed(images, self.reader.size))[-2:]], 1)
 
-    @torch.no_grad()
     def distance(self, first: Tensor, second: Tensor) -> Tensor:
         """`perceptual_distance` over all stages, in [0, 4]."""
         size = self.reader.size
@@ -70,7 +69,7 @@ def theatre_reader() -> AttributeReader:
     Raises:
         ModelError: it is not in this installation.
     """
-    return AttributeReader.load(find_model(f"{THEATRE}/readers/attributes", "reader"))
+    return AttributeReader.load(find_model(f"{THEATRE}/readers/attributes", "reader")).requires_grad_(False)
 
 
 def theatre_clip() -> ClipExtractor:

@@ -26,9 +26,8 @@ Features = Callable[[Tensor], Sequence[Tensor]]
 _EPSILON = 1e-10
 
 
-@torch.no_grad()
 def perceptual_distance(first: Tensor, second: Tensor, features: Features) -> Tensor:
-    """Distance of each pair of pictures; 0 for equal ones, lower is better.
+    """Distance of each pair of pictures; 0 for equal ones, lower is better. A loss where gradients are recorded.
 
     Args:
         first, second: [B, C, H, W] of one shape, in the range that ``features`` reads.

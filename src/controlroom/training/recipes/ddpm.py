@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
@@ -19,13 +18,13 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from controlroom.core.errors import InputError, ModelError
-from controlroom.data.pictures import Picture, fingerprint
+from controlroom.data.pictures import Picture
 from controlroom.sampling.ddpm import DDPM
-from controlroom.training.buckets import Bucket, crop_to
 from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipe_settings import RecipeSettings
+from controlroom.training.shown_pixels import ShownPixels
 
 if TYPE_CHECKING:
     from controlroom.sampling.pipeline import Pipeline
@@ -130,16 +129,10 @@ class DDPMRecipe:
     name = "ddpm"
 
     def __init__(self, pictures: Sequence[Picture], settings: DDPMSettings) -> None:
-        if not pictures:
-            raise InputError("There is no picture to train on.")
-        self.pictures, self.settings = tuple(pictures), settings
+        self.settings = settings
+        self.shown = ShownPixels(pictures, settings.hw or (32, 32), settings.flip)
         self.unet: Any = settings.network()
-        height, width = settings.hw or (32, 32)
-        crops = [crop_to(p.size, Bucket(width, height)).apply(p.read()) for p in self.pictures]
-        # Eight bits each, so that a large set fits.
-        self.pixels = torch.stack([torch.from_numpy(np.array(crop)).permute(2, 0, 1) for crop in crops])
-        self._places = [i for i, p in enumerate(self.pictures) for _ in range(p.repeats)]
-        self.dataset_size: int | None = len(self._places) * (2 if settings.flip else 1)
+        self.dataset_size: int | None = len(self.shown)
         self.objective = Objective(settings.scheduler(), settings.objective)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -149,17 +142,15 @@ class DDPMRecipe:
         return {}
 
     def fingerprint(self) -> str:
-        return f"{fingerprint(self.pictures)} {self.settings.model_dump_json()}"
+        return f"{self.shown.fingerprint()} {self.settings.model_dump_json()}"
 
     def names(self, indices: Sequence[int]) -> tuple[str, ...]:
         """Names of pictures, for messages."""
-        return tuple(self.pictures[self._places[i % len(self._places)]].name for i in indices)
+        return self.shown.names(indices)
 
     def batch(self, indices: Sequence[int], step: int) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1]; numbers beyond the set are its pictures mirrored."""
-        rows = self.pixels[[self._places[i % len(self._places)] for i in indices]].float() / 127.5 - 1.0
-        mirrored = torch.tensor([i >= len(self._places) for i in indices])
-        return torch.where(mirrored[:, None, None, None], rows.flip(-1), rows)
+        """Pictures [B, 3, H, W] in [-1, 1]."""
+        return self.shown.batch(indices)
 
     def predict(self, noisy: Tensor, t: Tensor) -> Tensor:
         """What the network says of noisy pictures at timesteps [B]."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +26,7 @@ from controlroom.training.prior import subject_loss
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.shown import Shown
-from controlroom.training.shown_recipe import Batch, ShownRecipe, ShownSettings
+from controlroom.training.shown_recipe import Batch, ShownRecipe, ShownSettings, without_words
 
 FILE = "lora.safetensors"
 
@@ -113,10 +112,7 @@ class LoRARecipe(ShownRecipe[LoRASettings]):
 
     def loss(self, batch: Batch, step: int, rng: StepRandom) -> Losses:
         subject, beside = batch
-        if self.settings.without_words:
-            left_out = rng.uniform("words") < self.settings.without_words
-            prompts = tuple("" if out else text for text, out in zip(subject.prompts, left_out.tolist(), strict=True))
-            subject = replace(subject, prompts=prompts)
+        subject = without_words(subject, self.settings.without_words, rng)
         return subject_loss(self.objective, self.predict, subject, beside, rng, self.class_weight)
 
     def export(self, folder: Path) -> None:

@@ -3,6 +3,9 @@
 Alone: a copy of the frozen UNet's encoder learns to read skeletons, half of the time without words. Together, stage 2
 of MagicPose (arXiv 2311.12052): ControlNet and writer learn jointly, so that the pose comes from one and the looks from
 the other; a few samples are without the reference, so that the ControlNet also works alone and in unconditional rows.
+Beside a writer that stays as it is, the ControlNet learns alone, or only its blocks that the pose goes through on its
+way in and out: the embedding of the condition and the zero convolutions.
+
 Deviations: a narrower embedding of the condition; the loss is weighted by min(SNR, 5) / SNR.
 """
 
@@ -11,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
@@ -33,6 +37,10 @@ WORDLESS_SHARE = 0.5
 """Samples of the ControlNet alone that have an empty prompt, as published."""
 
 
+Learns = Literal["both", "pose", "pose_blocks"]
+"""What moves beside a writer: both networks, the ControlNet, or those of its blocks that the pose goes through."""
+
+
 def target_words(pair: Pair, dice: Dice) -> str:
     """A caption of the target, or nothing."""
     return "" if dice.chance(WORDLESS_SHARE) else training_caption(pair.target, dice)
@@ -46,9 +54,10 @@ class TheatrePoseControlNet:
         cache_folder: where latents of pairs are kept.
         pairs: number of training pairs.
         controlnet_folder: ControlNet to start from; None: from the UNet.
-        appearance_folder: writer to train along; None: the ControlNet alone.
+        appearance_folder: writer to train beside; None: the ControlNet alone.
+        learns: what moves beside a writer.
 
-    Exported are a ControlNet's folder, or, trained jointly, the folders ``pose`` and ``appearance``.
+    Exported are a ControlNet's folder, or, beside a writer, the folders ``pose`` and ``appearance``.
     """
 
     name = "theatre_pose_controlnet"
@@ -62,6 +71,7 @@ class TheatrePoseControlNet:
         pairs: int = 30_000,
         controlnet_folder: Path | None = None,
         appearance_folder: Path | None = None,
+        learns: Learns = "both",
     ) -> None:
         self.pairs = Pairs(vae_folder, clip_folder, cache_folder, pairs, skeletons=True)
         self.dataset_size: int | None = pairs
@@ -71,7 +81,11 @@ class TheatrePoseControlNet:
             self.controlnet: Any = new_controlnet(self.unet, halvings)
         else:
             self.controlnet = ControlNetModel.from_pretrained(controlnet_folder)
-        self.controlnet.requires_grad_(True)
+        self.learns: Learns = learns if appearance_folder is not None else "pose"
+        self.controlnet.requires_grad_(self.learns != "pose_blocks")
+        net = self.controlnet
+        for part in (net.controlnet_cond_embedding, net.controlnet_down_blocks, net.controlnet_mid_block):
+            part.requires_grad_(True)
         self.writer: Any = None if appearance_folder is None else load_writer(appearance_folder, self.unet)
         for net in (self.unet, self.controlnet, self.writer):
             if net is not None:
@@ -79,19 +93,21 @@ class TheatrePoseControlNet:
                 net.set_attn_processor(AttnProcessor())
         self.reader: ReferenceWriter | None = None
         if self.writer is not None:
-            self.writer.requires_grad_(True)
+            self.writer.requires_grad_(self.learns == "both")
             self.reader = ReferenceWriter(self.writer, self_attention_layers(self.unet))
 
     def modules(self) -> dict[str, nn.Module]:
-        together = {} if self.writer is None else {"writer": self.writer}
+        together = {"writer": self.writer} if self.learns == "both" else {}
         return {"controlnet": self.controlnet, **together}
 
     def frozen(self) -> dict[str, nn.Module]:
-        return {"unet": self.unet, "text_encoder": self.pairs.conditioner.encoder, "vae": self.pairs.vae}
+        beside = {} if self.writer is None or self.learns == "both" else {"writer": self.writer}
+        return {"unet": self.unet, "text_encoder": self.pairs.conditioner.encoder, "vae": self.pairs.vae, **beside}
 
     def fingerprint(self) -> str:
         shares = f"moved={MOVED_SHARE} empty={WORDLESS_SHARE if self.writer is None else EMPTY_SHARE}"
-        together = "" if self.writer is None else f" together alone={ALONE_SHARE}"
+        learns = "" if self.learns == "both" else f" {self.learns}"
+        together = "" if self.writer is None else f" together alone={ALONE_SHARE}{learns}"
         return f"{WORLD_VERSION} pairs={self.pairs.count} {shares}{together}"
 
     def batch(self, indices: Sequence[int], step: int) -> PairBatch:
@@ -103,7 +119,9 @@ class TheatrePoseControlNet:
         down, mid = self.controlnet(noisy, t, tokens, controlnet_cond=batch.skeleton, return_dict=False)
         context = nullcontext()
         if self.reader is not None:
-            context = joined(self.unet, self.reader.encode(batch.source, self.pairs.empty(len(noisy))), keep)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns == "both"):
+                bank = self.reader.encode(batch.source, self.pairs.empty(len(noisy)))
+            context = joined(self.unet, bank, keep)
         with context:
             return self.unet(
                 noisy, t, tokens, down_block_additional_residuals=down, mid_block_additional_residual=mid
