@@ -136,6 +136,7 @@ SYSTEMS: tuple[System, ...] = (
         signals=("pose",),
         backbones=SD,
         weights_licence="USC research licence, non-commercial",
+        status="working",
         neutral=SCALE_0,
         proof="keypoints of the drawn picture against the asked pose, on held-out theatre pairs",
     ),
@@ -168,10 +169,11 @@ SYSTEMS: tuple[System, ...] = (
             Paper("Effective Whole-body Pose Estimation with Two-stages Distillation", "2307.15880"),
         ),
         does="Keypoints from photos, drawn skeletons, JSON and doodles; read once, editable, accepted again.",
-        code=("controlroom.signals.pose:Pose",),
-        recipe="controlroom.training.recipes.keypoints:KeypointRecipe",
+        code=("controlroom.core.pose:Pose", "controlroom.signals.pose.source:read_pose"),
+        recipe="controlroom.training.recipes.theatre_readers:TheatreKeypointReader",
         signals=("pose", "doodle"),
         weights_licence="ViTPose and RTMPose Apache-2.0; OpenPose's own weights non-commercial",
+        status="working",
         no_neutral=_DATA,
         proof="round trips of every format; the reader's error on held-out renders and doodles",
     ),
@@ -326,9 +328,10 @@ SYSTEMS: tuple[System, ...] = (
         name="Latent diffusion",
         papers=(Paper("High-Resolution Image Synthesis with Latent Diffusion Models", "2112.10752"),),
         does="An autoencoder (reconstruction, KL, perceptual, adversarial) and diffusion in its latents.",
-        code=("controlroom.backbones.stable_diffusion:StableDiffusion",),
+        code=("controlroom.sampling.pipeline:Pipeline", "controlroom.training.recipes.autoencoder:AutoencoderRecipe"),
         recipe="controlroom.training.recipes.latent_diffusion:LatentDiffusionRecipe",
         backbones=SD,
+        status="working",
         weights_licence="Stable Diffusion: CreativeML OpenRAIL-M and OpenRAIL++",
         no_neutral=_MODEL,
         proof="a run without controls equals diffusers' StableDiffusionPipeline to 1e-5; "
@@ -1104,9 +1107,9 @@ CONTROL_TYPES: dict[str, str] = {
     "t2i_adapter": "controlroom.controls.spatial.t2i_adapter:T2IAdapter",
     "uni_controlnet": "controlroom.controls.spatial.uni_controlnet:UniControlNet",
     "textual_inversion": "controlroom.controls.personal.textual_inversion:TextualInversion",
+    "unimo_g": "controlroom.controls.personal.unimo_g:UnimoG",
     "upscale": "controlroom.controls.editing.upscale:Upscale",
 }
-    "unimo_g": "controlroom.controls.personal.unimo_g:UnimoG",
 
 
 def load(path: str) -> Any:

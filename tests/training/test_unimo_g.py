@@ -175,6 +175,18 @@ def test_stable_diffusion_xl() -> None:
     assert found["held_out"] != found["by_words"] and -1 < found["attention"] < 1
 
 
+def test_half_precision_learns_too() -> None:
+    recipe = instruct()
+    whole = recipe.loss(recipe.batch([0, 3], 0), 0, StepRandom(0, 0, range(2))).total
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = recipe.loss(recipe.batch([0, 3], 0), 0, StepRandom(0, 0, range(2))).total
+    loss.backward()
+    assert loss.dtype == torch.float32 and float(loss) == pytest.approx(float(whole), rel=0.03)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for m in recipe.modules().values() for p in m.parameters()
+    )
+
+
 def test_settings_build_from_pictures_and_say_what_is_missing(tmp_path: Path) -> None:
     pipe = pipe_of()
     reader_of(pipe).save(tmp_path / "language")

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 from torch import Tensor, nn
 
 from controlroom.backbones.image_encoder import check_image_encoder, image_features, load_image_encoder
-from controlroom.backbones.model_files import read_metadata, read_safetensors
+from controlroom.backbones.model_files import load_strictly, read_metadata, read_safetensors
 from controlroom.backbones.words import content_ids
 from controlroom.core.backbone import Backbone
 from controlroom.core.errors import InputError, ModelError
@@ -309,15 +309,7 @@ def read_weights(folder: Path, reader: type[MultimodalReader[Any]], model: Model
         ModelError: something is missing, left over or of another shape.
     """
     file = folder / reader.file
-    stored = read_safetensors(file)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    for key, wanted in expected.items():
-        if key not in stored or tuple(stored[key].shape) != wanted:
-            found = f"has {list(stored[key].shape)} for" if key in stored else "lacks"
-            raise ModelError(f"{file} {found} {key!r}; its sizes ask for {list(wanted)}.")
-    if left := sorted(stored.keys() - expected.keys()):
-        raise ModelError(f"{file} has {len(left)} weights that nothing reads, such as {left[0]!r}.")
-    model.load_state_dict(stored)
+    load_strictly(model, read_safetensors(file), str(file), "its sizes")
     return model.to(device=backbone.device, dtype=backbone.dtype).eval().requires_grad_(False)
 
 

@@ -101,6 +101,18 @@ RECIPES = (
         "folder for diffusers' DDPMPipeline and controlroom.sampling.ddpm.DDPM",
     ),
     RecipeEntry(
+        "autoencoder",
+        "autoencoder:AutoencoderSettings",
+        "an autoencoder from nothing: absolute, perceptual and adversarial error, a light KL term",
+        "folder for diffusers' AutoencoderKL",
+    ),
+    RecipeEntry(
+        "latent_diffusion",
+        "latent_diffusion:LatentDiffusionSettings",
+        "a new UNet in the latents of a model's autoencoder, from pictures with captions",
+        "unet/ in diffusers' layout",
+    ),
+    RecipeEntry(
         "instruct_pix2pix",
         "instruct_pix2pix:InstructPix2PixSettings",
         "editing by instructions, from pictures before and after, in the whole UNet with further channels",
