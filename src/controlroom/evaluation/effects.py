@@ -19,14 +19,20 @@ from typing import Protocol
 from controlroom.core.errors import ControlRoomError, InputError, ModelError
 from controlroom.core.files import write_text_atomically
 from controlroom.evaluation.suites.attend_and_excite import COLOURS
+from controlroom.evaluation.suites.combined import AHEAD, COMBINED, SEGA, made_name
 from controlroom.evaluation.suites.editing import MADE, PSNR, REST
+from controlroom.evaluation.suites.inverted_edits import again_arm
 from controlroom.evaluation.suites.inversion import LOST
 from controlroom.evaluation.suites.masactrl import ALIKE
 from controlroom.evaluation.suites.pages import facts, number, page
+from controlroom.evaluation.suites.pix2pix_zero import ZERO
+from controlroom.evaluation.suites.prompt_to_prompt_real import METHODS, edited_arm
 from controlroom.evaluation.suites.prompt_weighting import SHOWN
 from controlroom.evaluation.suites.report import Cell, Report, read_report, summarise
 from controlroom.evaluation.suites.right import RIGHT
 from controlroom.evaluation.suites.self_guidance import RESIZED, SHIFTED
+from controlroom.evaluation.suites.upscale import ALIKE as STRUCTURE
+from controlroom.evaluation.suites.upscale import BICUBIC, DECIBELS, DISTANCE
 
 REPORTS = Path("measured/effects")
 """Within the folder of the docs."""
@@ -206,6 +212,8 @@ def _edits(control: str, suite: str, arm: str, made: float | None, gain: Target)
 
 
 _OUTSIDE = "PSNR outside: above re-prompting"
+_OUTSIDE_REAL = "PSNR outside: above inverting and re-prompting"
+_UPSCALE = "strength 0.1"
 TARGETS: tuple[Target, ...] = (
     Target(
         "Attend-and-Excite",
@@ -253,6 +261,24 @@ TARGETS: tuple[Target, ...] = (
         "prompt_to_prompt_reweight",
         Rising(SHOWN),
     ),
+    *(
+        target
+        for by, title in METHODS.items()
+        for target in (
+            Target(
+                f"Prompt-to-Prompt on true pictures, {title}",
+                "change made",
+                "prompt_to_prompt_real",
+                Level(MADE, edited_arm(by), again_arm(by)),
+            ),
+            Target(
+                f"Prompt-to-Prompt on true pictures, {title}",
+                _OUTSIDE_REAL if by == "null_text" else "PSNR outside",
+                "prompt_to_prompt_real",
+                Gain(PSNR, edited_arm(by)) if by == "null_text" else Level(PSNR, edited_arm(by), again_arm(by)),
+            ),
+        )
+    ),
     *_edits(
         "InstructPix2Pix",
         "instruct_pix2pix",
@@ -294,6 +320,13 @@ TARGETS: tuple[Target, ...] = (
         None,
         Target("Pix2Pix-Zero", _OUTSIDE, "pix2pix_zero", Gain(PSNR, "pix2pix_zero")),
     ),
+    Target(
+        "Pix2Pix-Zero on true pictures",
+        "change made",
+        "pix2pix_zero_real",
+        Level(MADE, ZERO, again_arm("regularised")),
+    ),
+    Target("Pix2Pix-Zero on true pictures", _OUTSIDE_REAL, "pix2pix_zero_real", Gain(PSNR, ZERO)),
     *_edits(
         "MasaCtrl",
         "masactrl",
@@ -307,6 +340,20 @@ TARGETS: tuple[Target, ...] = (
         "alpha 1",
         None,
         Target("Imagic", _OUTSIDE, "imagic", Gain(PSNR, "alpha 1")),
+    ),
+    Target("Upscale", "SSIM: above bicubic", "upscale", Gain(STRUCTURE, _UPSCALE)),
+    Target("Upscale", "PSNR: above bicubic", "upscale", Gain(DECIBELS, _UPSCALE)),
+    Target("Upscale", "perceptual distance to the truth", "upscale", Level(DISTANCE, _UPSCALE, BICUBIC)),
+    *(
+        Target("Five controls combined", f"{kind} changed", "combined", Level(made_name(kind), COMBINED, SEGA))
+        for kind in ("lower colour", "top colour")
+    ),
+    Target("Five controls combined", "both changes made", "combined", Level(MADE, COMBINED, "reprompted")),
+    Target(
+        "Five controls combined",
+        "PSNR outside: above every single method that can do it",
+        "combined",
+        Joint(AHEAD, 0.0),
     ),
     *(
         target
@@ -333,6 +380,10 @@ MEASURED = (
     "pix2pix_zero",
     "inversion",
     "attend_and_excite",
+    "upscale",
+    "combined",
+    "pix2pix_zero_real",
+    "prompt_to_prompt_real",
 )
 
 
