@@ -21,8 +21,8 @@ from controlroom.core.files import write_text_atomically
 from controlroom.evaluation.suites.attend_and_excite import COLOURS
 from controlroom.evaluation.suites.combined import AHEAD, COMBINED, SEGA, made_name
 from controlroom.evaluation.suites.editing import MADE, PSNR, REST
-from controlroom.evaluation.suites.inverted_edits import again_arm
 from controlroom.evaluation.suites.inversion import LOST
+from controlroom.evaluation.suites.inverted_edits import again_arm
 from controlroom.evaluation.suites.masactrl import ALIKE
 from controlroom.evaluation.suites.pages import facts, number, page
 from controlroom.evaluation.suites.pix2pix_zero import ZERO

@@ -239,11 +239,14 @@ def test_enlarged_pictures_are_judged_at_their_size() -> None:
     true, bicubic = case.known[upscale.TRUE](), case.known[upscale.BICUBIC]()
     spec = case.specs["strength 0.3"]
     control: Any = spec.controls[0]
+    guided = case.specs[upscale.GUIDED]
+    assert (spec.guidance_scale, guided.guidance_scale) == (1.0, 5.0) and guided.controls == spec.controls
     assert true.size == bicubic.size == (256, 256) and (spec.height, spec.width) == (256, 256)
     assert control.image[0].tobytes() == render(case.truth).tobytes() and control.strength == 0.3
     joined = together([suite.case(number).specs["strength 0.3"] for number in range(2)], suite.per_prompt)
     assert joined is not None and len(joined.controls[0].image) == 2  # type: ignore[attr-defined]
     pictures = {upscale.TRUE: true, upscale.BICUBIC: bicubic, upscale.AUTOENCODER: true, "strength 0.3": true}
+    pictures[upscale.GUIDED] = bicubic
     found = [judge([Shown(case, pictures)])[0] for judge in suite.judges]
     assert found[0][upscale.AUTOENCODER] == {upscale.ALIKE: pytest.approx(1.0), upscale.DECIBELS: editing.CEILING}
     likeness, distance = found[0][upscale.BICUBIC][upscale.ALIKE], found[1][upscale.BICUBIC][upscale.DISTANCE]

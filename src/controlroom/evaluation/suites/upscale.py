@@ -1,4 +1,4 @@
-"""What Upscale adds to a small picture: true scenes at the model's size, enlarged, beside the same scenes rendered large.
+"""What Upscale adds to a small picture: true scenes at the model's size enlarged, beside the scenes rendered large.
 
 The small picture is a held-out scene rendered at the size the model was trained at; the truth is the same scene
 rendered at twice that. Bicubic enlargement needs no model, and is what Upscale starts from but for the filter; the
@@ -36,17 +36,19 @@ from controlroom.sampling.inverted_pictures import read_pixels
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.signals.readers import AttributeReader
 
-TRUE, BICUBIC, AUTOENCODER = "truth", "bicubic", "autoencoder"
+TRUE, BICUBIC, AUTOENCODER, GUIDED = "truth", "bicubic", "autoencoder", "guided"
 ALIKE, DECIBELS, DISTANCE = "SSIM", "PSNR", "distance"
 FIRST_SCENE = 80_000
 
 
 class Settings(SuiteSettings):
-    """Strengths that are drawn; the first is the one that is ranked."""
+    """Strengths that are drawn without guidance; the first is the one that is ranked, and drawn with guidance too."""
 
+    guidance_scale: float = Field(default=5.0, gt=1)
+    """Of that arm."""
     size: int = Field(default=CANVAS, ge=8)
     """Side of the small pictures: what the model was trained at."""
-    strengths: tuple[float, ...] = (0.2, 0.4)
+    strengths: tuple[float, ...] = (0.1, 0.2, 0.4)
 
     @field_validator("strengths")
     @classmethod
@@ -128,13 +130,14 @@ def build(settings: Settings, n: int, reader: AttributeReader | None = None) -> 
             height=large,
             width=large,
             num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
+            guidance_scale=1.0,
             seed=settings.seed + number,
         )
         specs = {
             arm: spec.model_copy(update={"controls": [Upscale([picture], strength=strength)]})
             for arm, strength in strengths.items()
         }
+        specs[GUIDED] = specs[first].model_copy(update={"guidance_scale": settings.guidance_scale})
         return Case(
             number,
             full_caption(scene),
@@ -147,7 +150,7 @@ def build(settings: Settings, n: int, reader: AttributeReader | None = None) -> 
             {AUTOENCODER: lambda pipe: large_reconstruction(pipe, render(scene, large))},
         )
 
-    compared = (BICUBIC, AUTOENCODER, *strengths)
+    compared = (BICUBIC, AUTOENCODER, *strengths, GUIDED)
     return Suite(
         name="upscale",
         title="Upscale: small pictures enlarged, beside scenes rendered at twice the size",
@@ -158,6 +161,7 @@ def build(settings: Settings, n: int, reader: AttributeReader | None = None) -> 
             Arm(BICUBIC, "bicubic", known=True),
             Arm(AUTOENCODER, "autoencoder of the truth"),
             *(Arm(arm, f"Upscale, {arm}") for arm in strengths),
+            Arm(GUIDED, f"Upscale, {first}, guided"),
         ),
         case=case,
         judges=(
@@ -168,7 +172,7 @@ def build(settings: Settings, n: int, reader: AttributeReader | None = None) -> 
             rank=lambda values: (-(values[first][DISTANCE] or 0.0),),
             baseline=BICUBIC,
             ours=first,
-            others=tuple(strengths)[1:],
+            others=(*tuple(strengths)[1:], GUIDED),
             note=f"Small pictures are {small} x {small}. The prompt is the full caption. The distance is taken at the "
             "full size.",
         ),
