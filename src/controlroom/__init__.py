@@ -85,8 +85,8 @@ if TYPE_CHECKING:
     from controlroom.sampling.pipeline import execute as execute
     from controlroom.sampling.pipeline import explain as explain
     from controlroom.sampling.pipeline import replay as replay
-    from controlroom.tasks.edit import EditOptions as EditOptions
     from controlroom.tasks.edit import edit as edit
+    from controlroom.tasks.edit_method import EditOptions as EditOptions
     from controlroom.tasks.enhance import EnhanceOptions as EnhanceOptions
     from controlroom.tasks.enhance import enhance as enhance
     from controlroom.tasks.plan_regions import PlannerSettings as PlannerSettings
@@ -177,7 +177,7 @@ _EXPORTS: dict[str, str] = {
     "ImagicSettings": "controlroom.training.recipes.imagic",
     "fit_imagic": "controlroom.training.recipes.imagic",
     # tasks
-    "EditOptions": "controlroom.tasks.edit",
+    "EditOptions": "controlroom.tasks.edit_method",
     "EnhanceOptions": "controlroom.tasks.enhance",
     "PlannerSettings": "controlroom.tasks.plan_regions",
     "RegionPlan": "controlroom.tasks.plan_regions",

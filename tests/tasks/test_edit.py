@@ -22,7 +22,8 @@ from controlroom.core.spec import RunSpec
 from controlroom.sampling.inverted import NullText
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.tasks import edit as task
-from controlroom.tasks.edit import EditOptions, Words, choose, edit, plan_edit
+from controlroom.tasks.edit import edit, plan_edit
+from controlroom.tasks.edit_method import EditOptions, Words, choose
 from controlroom.training.recipes.imagic import ImagicSettings
 from tests.sampling.test_inversion import gentle_sd1, picture
 from tests.tiny import tiny_sd1

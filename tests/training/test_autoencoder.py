@@ -104,7 +104,7 @@ def test_perceptual_error_reaches_the_network() -> None:
     torch.manual_seed(0)
     reader = AttributeReader({"hat": ["none", "cap"]}, 32, 8)
     recipe = maker(adversarial_weight=0.0)()
-    recipe.distance = TheatreFeatures(reader.requires_grad_(False))
+    recipe.see_with(TheatreFeatures(reader.requires_grad_(False)))
     batch, rng = recipe.batch([0, 1], 0), StepRandom(1, 0, [0, 1])
     found = recipe.loss(batch, 0, rng)
     assert found.parts["perceptual"] > 0
@@ -135,7 +135,6 @@ def test_patches_see_seventy_pixels() -> None:
     [
         ({"size": 33}, "no multiple of 2"),
         ({"channels": (8, 10)}, "no multiple of norm_groups"),
-        ({"perceptual": "lpips"}, "no extractor"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], said: str) -> None:
@@ -151,5 +150,7 @@ def test_command_trains_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         line += ["--set", change]
     assert main([*line, "--set", "train.total_steps=2", "--set", "train.batch_size=2"]) == 0
     assert (tmp_path / "run/weights/config.json").is_file()
+    assert main([*line, "--set", "perceptual=lpips"]) == 2
+    assert "no perceptual distance" in capsys.readouterr().err
     assert main([*line, "--model", "theatre"]) == 2
     assert "leave 'theatre' out" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from controlroom.core.errors import InputError
 from controlroom.training.checkpoint import modules_hash
+from controlroom.training.recipe import Distance as Distance
 
 
 @runtime_checkable
@@ -50,18 +51,6 @@ class TextExtractor(Extractor, Protocol):
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Texts -> [B, D] in the space of `features`; what is longer than the network reads is cut."""
-        ...
-
-
-@runtime_checkable
-class Distance(Protocol):
-    """A perceptual distance of two pictures: a network with its rule, such as LPIPS."""
-
-    name: str
-    hash: str
-
-    def distance(self, first: Tensor, second: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1], twice -> [B]; 0 for equal ones. A loss where gradients are recorded."""
         ...
 
 

@@ -13,117 +13,46 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from controlroom.backbones.loading import THEATRE
-from controlroom.backbones.words import PromptTokens, prompt_tokens
 from controlroom.controls.editing.from_inversion import FromInversion
 from controlroom.controls.editing.image_to_image import ImageToImage
 from controlroom.controls.editing.imagic import Imagic
 from controlroom.controls.editing.instruct_pix2pix import InstructPix2Pix
-from controlroom.controls.editing.masactrl import MasaCtrl
-from controlroom.controls.editing.pix2pix_zero import Pix2PixZero
-from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt
 from controlroom.controls.word_mask import WordMask
-from controlroom.core.control import Control, describe
+from controlroom.core.control import Control
 from controlroom.core.errors import InputError, ModelError
 from controlroom.core.files import atomic_path, write_atomically
-from controlroom.core.images import ImageSource, fit, load_image, load_mask
+from controlroom.core.images import ImageSource, fit, load_image
 from controlroom.core.png import png_bytes
 from controlroom.core.spec import RunSpec
 from controlroom.sampling.inversion import invert
-from controlroom.sampling.inverted import Inversion, NullText, Quality, read_inversion
-from controlroom.sampling.inverted import Method as InversionMethod
+from controlroom.sampling.inverted import Inversion, Quality, read_inversion
 from controlroom.sampling.inverted_pictures import read_pixels
-from controlroom.training.recipes.imagic import ImagicSettings
+from controlroom.tasks.edit_checks import check_instructed, check_mask, check_options, check_words
+from controlroom.tasks.edit_method import (
+    INSTRUCTED,
+    INVERSIONS,
+    EditOptions,
+    Method,
+    Words,
+    choose,
+    control_of,
+    prompt_of,
+)
 
 if TYPE_CHECKING:
     from controlroom.core.result import RunResult
     from controlroom.sampling.pipeline import Pipeline
 
-Method = Literal[
-    "instruct_pix2pix", "prompt_to_prompt", "null_text", "masactrl", "pix2pix_zero", "imagic", "image_to_image"
-]
-METHODS: tuple[Method, ...] = get_args(Method)
-INSTRUCTED = f"{THEATRE}/instruct_pix2pix"
-INVERSIONS: dict[Method, InversionMethod] = {
-    "prompt_to_prompt": "ddim",
-    "null_text": "null_text",
-    "masactrl": "ddim",
-    "pix2pix_zero": "regularised",
-}
-"""Methods that start from an inversion of the picture, and which."""
-POSE_WORDS = frozenset(
-    "standing waving cheering spreading pointing walking running jumping sitting kicking dancing lying kneeling "
-    "bending crouching sleeping leaning flying swimming turning turned facing looking raised raising lifted "
-    "stretched folded crossed spread pose posture arm arms leg legs hand hands hips head wings tail bigger smaller "
-    "larger taller wider thinner longer shorter rounder".split()
-)
-"""Words that ask for another pose or shape, which Prompt-to-Prompt would hold still."""
 _MAX_RATIO = 4.0
 _GUTTER = 8
-
-
-class EditOptions(BaseModel):
-    """Everything beside picture and words that an edit depends on.
-
-    Raises:
-        InputError: an unknown or ill-typed option.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
-
-    model: str = THEATRE
-    """``theatre``, a folder, a hub id, or a ``.safetensors`` file."""
-    method: Method | Literal["auto"] = "auto"
-    mask: Any = None
-    """White where the result may differ: a picture of the size of the one that is edited."""
-    mask_words: str | tuple[str, ...] | None = None
-    """Instead, words of what the result shows; the mask follows where the network reads them."""
-    mask_threshold: float = Field(default=0.3, ge=0, lt=1)
-    strength: float | None = Field(default=None, gt=0)
-    """Share of the steps that is run, from the picture: less keeps more. Of ``imagic``: 0 the picture, 1 the words."""
-    size: tuple[int, int] | None = None
-    """Width and height in pixels; None: as many as the model was trained at, in the picture's proportions."""
-    negative_prompt: str | None = None
-    num_inference_steps: int = Field(default=50, ge=1, le=1000)
-    guidance_scale: float = 7.5
-    image_guidance_scale: float = Field(default=1.5, ge=0)
-    """Of ``instruct_pix2pix``: how closely the result keeps to the picture."""
-    inversion: str | None = None
-    """File of the picture's inversion: read where it is there, else written, so that the result can be replayed."""
-    null_text: NullText = NullText()
-    fit: str | None = None
-    """Of ``imagic``: folder of the fit, which takes long and can be stopped and continued."""
-    imagic: ImagicSettings = ImagicSettings()
-
-    def __init__(self, **options: Any) -> None:
-        try:
-            super().__init__(**options)
-        except ValidationError as error:
-            raise InputError(describe("The edit", error)) from error
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The words of the mask."""
-        listed = (self.mask_words,) if isinstance(self.mask_words, str) else self.mask_words or ()
-        return tuple(word.strip() for text in listed for word in text.split(","))
-
-
-@dataclass(frozen=True)
-class Words:
-    """What was said: an instruction, or what the picture shows and shall show."""
-
-    instruction: str | None = None
-    source: str | None = None
-    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -222,7 +151,7 @@ class EditPlan:
         options, words = self.options, self.words
         return RunSpec(
             model=self.pipeline.model,
-            prompt=_prompt(self.method, words),
+            prompt=prompt_of(self.method, words),
             negative_prompt=options.negative_prompt,
             controls=self._controls(inversion),
             height=self.before.height,
@@ -247,7 +176,7 @@ class EditPlan:
                 return [Imagic(options.fit, 1.2 if options.strength is None else options.strength)]
             case _:
                 start = FromInversion(inversion, 1.0 if options.strength is None else options.strength, mask=mask)
-                return [start, _edit(self.method, source, target)]
+                return [start, control_of(self.method, source, target)]
 
     def finished(self, run: RunResult, inversion: Inversion | None = None) -> EditResult:
         """The result out of what the run of `spec` gave."""
@@ -383,149 +312,16 @@ def plan_edit(
     chosen = options or EditOptions()
     words = Words(instruction, source, target)
     method, why = choose(words, chosen.method)
-    _check_options(method, chosen)
+    check_options(method, chosen)
     picture = load_image(image)
     if chosen.mask is not None:
-        _check_mask(chosen.mask, picture.size, image)
+        check_mask(chosen.mask, picture.size, image)
     pipe = _loaded(method, chosen) if pipeline is None else pipeline
     if method == "instruct_pix2pix":
-        _check_instructed(pipe)
-    _check_words(method, words, chosen, pipe)
+        check_instructed(pipe)
+    check_words(method, words, chosen, pipe)
     size = chosen.size or _size_for(picture.size, pipe)
     return EditPlan(pipe, chosen, image, fit(picture, *size, "stretch"), words, method, why, _stretched(picture, size))
-
-
-def choose(words: Words, method: str = "auto") -> tuple[Method, str]:
-    """What edits, and why.
-
-    Raises:
-        InputError: there is nothing to do, or the method needs other words.
-
-    >>> choose(Words(source="a red cat", target="a blue cat"))
-    ('prompt_to_prompt', "Prompt-to-Prompt on the DDIM inversion, word for word: 'red' becomes 'blue'")
-    """
-    for name, text in (("instruction", words.instruction), ("from", words.source), ("to", words.target)):
-        if text is not None and not text.strip():
-            raise InputError(f"The words of --{name} are empty. Say something, or leave it out.")
-    if words.instruction is not None and (words.source is not None or words.target is not None):
-        raise InputError("Give an instruction, or what the picture shows and shall show (--from, --to), not both.")
-    if words.instruction is None and words.target is None:
-        raise InputError(
-            'There is nothing to do. Give --instruction "make the shirt red", or --from "a man wearing a green shirt" '
-            '--to "a man wearing a red shirt".'
-        )
-    if method == "auto":
-        return _chosen(words)
-    if method not in METHODS:
-        raise InputError(f"Unknown method {method!r}. Choose auto or one of {', '.join(METHODS)}.")
-    if (words.instruction is not None) != (method == "instruct_pix2pix"):
-        needs = "an instruction" if method == "instruct_pix2pix" else "what the picture shall show (--to)"
-        raise InputError(f"The method {method} needs {needs}. Give it, or another --method.")
-    if method in INVERSIONS and words.source is None:
-        raise InputError(f"The method {method} inverts the picture: say what it shows (--from).")
-    return method, f"{method}, as asked for"  # type: ignore[return-value]
-
-
-def _chosen(words: Words) -> tuple[Method, str]:
-    if words.instruction is not None:
-        return "instruct_pix2pix", "InstructPix2Pix, since there is an instruction"
-    assert words.target is not None
-    if words.source is None:
-        return "image_to_image", "image to image, since nothing says what the picture shows (--from)"
-    old, new = words.source.casefold().split(), words.target.casefold().split()
-    posed = [word for word in new if word.strip(",.;:!") in POSE_WORDS and word not in old]
-    if posed:
-        return "masactrl", f"MasaCtrl on the DDIM inversion, since {posed[0]!r} asks for another pose or shape"
-    if len(old) != len(new):
-        counts = f"the prompts have {len(old)} and {len(new)} words"
-        return "prompt_to_prompt", f"Prompt-to-Prompt on the DDIM inversion, refining, since {counts}"
-    swaps = [f"{a!r} becomes {b!r}" for a, b in zip(old, new, strict=True) if a != b]
-    return "prompt_to_prompt", f"Prompt-to-Prompt on the DDIM inversion, word for word: {', '.join(swaps[:3])}"
-
-
-def _prompt(method: Method, words: Words) -> str:
-    """The prompt of the run, whose words a mask may name."""
-    if method == "instruct_pix2pix":
-        return words.instruction or ""
-    return (words.source if method == "pix2pix_zero" else words.target) or ""
-
-
-def _edit(method: Method, source: str, target: str) -> Control:
-    if method == "masactrl":
-        return MasaCtrl(source)
-    if method == "pix2pix_zero":
-        return Pix2PixZero([source], [target])
-    return PromptToPrompt(source)
-
-
-# What can be wrong.
-
-
-def _check_options(method: Method, options: EditOptions) -> None:
-    if options.mask is not None and options.mask_words is not None:
-        raise InputError("Give a mask as a picture or as words, not both.")
-    if options.mask_words is not None and not all(options.words):
-        raise InputError(f"The words of the mask {options.mask_words!r} are empty in part. Separate them by commas.")
-    if method == "imagic":
-        if options.fit is None:
-            raise InputError("imagic learns the picture first, which takes long: name the folder for that (--fit).")
-        if options.mask is not None or options.mask_words is not None:
-            raise InputError("imagic redraws the whole picture and takes no mask. Leave it out, or choose another.")
-    if method == "instruct_pix2pix" and options.strength is not None:
-        raise InputError(
-            "strength is of methods that start from the picture. For instruct_pix2pix, guidance_scale says how much of "
-            "the instruction is done and image_guidance_scale how much of the picture is kept."
-        )
-    if method != "imagic" and options.strength is not None and options.strength > 1:
-        raise InputError(f"strength is {options.strength:g}; it is a share of the steps, above 0 and at most 1.")
-    if method == "null_text" and options.guidance_scale <= 1:
-        raise InputError("null_text learns embeddings for guidance. Give a guidance_scale above 1, or another method.")
-
-
-def _check_mask(mask: Any, size: tuple[int, int], image: Any) -> None:
-    read = load_mask(mask)
-    name = repr(os.fspath(mask)) if isinstance(mask, str | os.PathLike) else "The mask"
-    if read.shape[::-1] != size:
-        what = repr(os.fspath(image)) if isinstance(image, str | os.PathLike) else "the picture"
-        raise InputError(
-            f"{name} is {read.shape[1]} x {read.shape[0]} pixels, {what} is {size[0]} x {size[1]}. Give a mask of the "
-            "same size, white where the picture may change."
-        )
-    if not bool((read > 0).any()):
-        raise InputError(f"{name} is black all over, so nothing would happen. Paint white where it may change.")
-
-
-def _check_words(method: Method, words: Words, options: EditOptions, pipe: Pipeline) -> None:
-    """The words of the mask are there, and two prompts differ in what the model reads and have something in common."""
-    tokenizer = pipe.backbone.tokenizers()[0]
-    read = prompt_tokens(tokenizer, _prompt(method, words))
-    for word in options.words:
-        try:
-            read.find(word)
-        except InputError as error:
-            raise InputError(f"The mask's words are looked up in what the result is told. {error}") from error
-    if words.source is None or words.target is None:
-        return
-    source, target = prompt_tokens(tokenizer, words.source), prompt_tokens(tokenizer, words.target)
-    for prompt, other in ((source, target), (target, source)):
-        for word in _changed(other, prompt):
-            if not dict(prompt.words).get(word):
-                prompt.find(word)
-    if source.ids == target.ids:
-        raise InputError(f"--from and --to are the same to this model: {words.target[:80]!r}. Change a word.")
-    aligned = method in ("prompt_to_prompt", "null_text") and len(source.words) != len(target.words)
-    if aligned and not set(source.ids[1:-1]) & set(target.ids[1:-1]):
-        raise InputError(
-            f"The prompts {words.source[:80]!r} and {words.target[:80]!r} cannot be aligned: they have no word in "
-            "common. Say both in the same words but for what changes, or take --method image_to_image."
-        )
-
-
-def _changed(old: PromptTokens, new: PromptTokens) -> list[str]:
-    """Words of the new prompt that are not in the old one at that place."""
-    a, b = ([word for word, _ in prompt.words] for prompt in (old, new))
-    blocks = SequenceMatcher(None, [w.casefold() for w in a], [w.casefold() for w in b], False).get_opcodes()
-    return [word for kind, _, _, start, end in blocks if kind != "equal" for word in b[start:end]]
 
 
 def _loaded(method: Method, options: EditOptions) -> Pipeline:
@@ -541,16 +337,6 @@ def _loaded(method: Method, options: EditOptions) -> Pipeline:
             "show instead (--from, --to), or name an InstructPix2Pix model with --model, such as "
             "timbrooks/instruct-pix2pix."
         ) from error
-
-
-def _check_instructed(pipe: Pipeline) -> None:
-    reads, latents = int(pipe.unet.config.in_channels), pipe.backbone.latent_channels
-    if reads != 2 * latents:
-        raise ModelError(
-            f"{pipe.model!r} was not trained to follow instructions: its UNet reads {reads} channels, not "
-            f"{2 * latents}. Say what the picture shows and shall show instead (--from, --to), or name an "
-            "InstructPix2Pix model with --model, such as timbrooks/instruct-pix2pix."
-        )
 
 
 def _size_for(size: tuple[int, int], pipe: Pipeline) -> tuple[int, int]:

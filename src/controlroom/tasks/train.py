@@ -49,6 +49,7 @@ class TrainingPlan:
         The model is None for a recipe that makes its own.
         """
         from controlroom.sampling.pipeline import Pipeline
+        from controlroom.training.recipe import Compares
 
         pictures = self.settings.read(self.data)
         pipe: Any = None
@@ -56,7 +57,12 @@ class TrainingPlan:
             pipe = Pipeline.from_pretrained(self.model)
             if self.loop.device != "cpu":
                 pipe.to(self.loop.device)
-        return pipe, self.settings.build(pipe, pictures, self.loop.output_dir)
+        recipe = self.settings.build(pipe, pictures, self.loop.output_dir)
+        if isinstance(recipe, Compares) and recipe.perceptual is not None:
+            from controlroom.evaluation.extractors.choose import open_distance
+
+            recipe.see_with(open_distance(recipe.perceptual))
+        return pipe, recipe
 
     def run(self) -> TrainResult:
         """Train, or go on where it was stopped."""

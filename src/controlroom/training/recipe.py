@@ -122,6 +122,32 @@ class Fingerprinted(Protocol):
 
 
 @runtime_checkable
+class Distance(Protocol):
+    """A perceptual distance of two pictures: a network with its rule, such as LPIPS."""
+
+    name: str
+    hash: str
+
+    def distance(self, first: Tensor, second: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1], twice -> [B]; 0 for equal ones. A loss where gradients are recorded."""
+        ...
+
+
+@runtime_checkable
+class Compares(Protocol):
+    """A recipe whose loss sees more than pixels. Who builds it gives it the distance: extractors are a room above."""
+
+    @property
+    def perceptual(self) -> str | None:
+        """The distance that is asked for: ``theatre``, or ``lpips-vgg=TRUNK,HEADS``; None: none."""
+        ...
+
+    def see_with(self, distance: Distance) -> None:
+        """Take the distance, before the training begins."""
+        ...
+
+
+@runtime_checkable
 class Previews(Protocol):
     """A recipe that shows what it has learned so far."""
 

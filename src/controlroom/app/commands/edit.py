@@ -70,7 +70,8 @@ def edit(
 ) -> None:
     """Edit IMAGE by words; write the picture, and beside it before/after and the mask that was found by words."""
     from controlroom.app import output, runs
-    from controlroom.tasks.edit import EditOptions, beside, keep_inversion, plan_edit
+    from controlroom.tasks.edit import beside, keep_inversion, plan_edit
+    from controlroom.tasks.edit_method import EditOptions
 
     seed = runs.new_seed() if seed is None else seed
     named = instruction or target or ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from controlroom.core.errors import InputError
+from controlroom.evaluation.extractor import Distance
 
 KINDS = {
     "clip": "FOLDER: CLIP score of each picture with its prompt",
@@ -12,6 +13,22 @@ KINDS = {
     "inception": "FILE: FID, KID and IS against the suite's reference pictures (inception-clean: with antialiasing)",
     "lpips-alex": "TRUNK,HEADS: distance to the suite's reference picture (also lpips-vgg, lpips-squeeze)",
 }
+
+
+def open_distance(text: str) -> Distance:
+    """The perceptual distance that a line names: ``theatre``, or LPIPS as in `open_extractor`.
+
+    Raises:
+        InputError: not such a line.
+        ModelError: the weights are not there, or not what they are given for.
+    """
+    if text == "theatre":
+        from controlroom.evaluation.extractors.theatre import TheatreFeatures, theatre_reader
+
+        return TheatreFeatures(theatre_reader())
+    if not text.startswith("lpips-"):
+        raise InputError(f"{text!r} is no perceptual distance. Give theatre, or lpips-vgg=TRUNK.pth,HEADS.pth.")
+    return open_extractor(text)
 
 
 def open_extractor(text: str) -> Any:

@@ -53,7 +53,8 @@ class Settings(SuiteSettings):
     """Share of the width. Up to a tenth, standing still would count as reached."""
     sizes: tuple[float, float] = (0.6, 1.6)
     """Factors on the area."""
-    scale: float | None = Field(default=None, gt=0)
+    scale: float | None = Field(default=1000.0, gt=0)
+    """At the derived one (64) the theatre's puppets stay where they are; from 3000 on pictures fall apart."""
     resolution: int | None = Field(default=8, ge=1)
     """Of the attention that is read; the derived one of the theatre's small latents, 4x4, is coarse."""
     hold_shape: float = Field(default=1.0, ge=0)

@@ -24,9 +24,8 @@ from controlroom.backbones.patch_discriminator import PatchDiscriminator
 from controlroom.core.errors import InputError, ModelError
 from controlroom.core.files import atomic_path
 from controlroom.data.pictures import Picture
-from controlroom.evaluation.extractor import Distance
 from controlroom.training.randomness import StepRandom
-from controlroom.training.recipe import Losses
+from controlroom.training.recipe import Distance, Losses
 from controlroom.training.recipe_settings import RecipeSettings
 from controlroom.training.shown_pixels import ShownPixels
 
@@ -108,26 +107,6 @@ class AutoencoderSettings(RecipeSettings):
             )
             return vae, PatchDiscriminator(self.patch_channels, self.patch_layers)
 
-    def distance(self) -> Distance | None:
-        """The perceptual distance that is asked for.
-
-        Raises:
-            InputError: a line that names none.
-            ModelError: its weights are not there.
-        """
-        if self.perceptual is None or not self.perceptual_weight:
-            return None
-        if self.perceptual == "theatre":
-            from controlroom.evaluation.extractors.theatre import TheatreFeatures, theatre_reader
-
-            return TheatreFeatures(theatre_reader())
-        from controlroom.evaluation.extractors.choose import open_extractor
-
-        found = open_extractor(self.perceptual)
-        if not hasattr(found, "distance"):
-            raise InputError(f"{self.perceptual!r} is no perceptual distance. Give theatre, or lpips-vgg=TRUNK,HEADS.")
-        return found
-
 
 class _Spread(nn.Module):
     """The learned variance of a pixel's error, as in the published loss."""
@@ -159,7 +138,7 @@ class AutoencoderRecipe:
         self.dataset_size: int | None = len(self.shown)
         vae, self.critic = settings.networks()
         self.vae: Any = vae
-        self.distance = settings.distance()
+        self.distance: Distance | None = None
         self.spread = _Spread()
 
     def modules(self) -> dict[str, nn.Module]:
@@ -173,6 +152,15 @@ class AutoencoderRecipe:
     def fingerprint(self) -> str:
         seen = "" if self.distance is None else f" {self.distance.name}@{self.distance.hash}"
         return f"{self.shown.fingerprint()}{seen} {self.settings.model_dump_json()}"
+
+    @property
+    def perceptual(self) -> str | None:
+        """The distance that is asked for."""
+        return self.settings.perceptual if self.settings.perceptual_weight else None
+
+    def see_with(self, distance: Distance) -> None:
+        """Take the perceptual distance, before the training begins."""
+        self.distance = distance
 
     def names(self, indices: Sequence[int]) -> tuple[str, ...]:
         """Names of pictures, for messages."""
@@ -190,6 +178,10 @@ class AutoencoderRecipe:
         return absolute, self.distance.distance(restored.clamp(-1, 1) / 2 + 0.5, pixels / 2 + 0.5).float()
 
     def loss(self, batch: Tensor, step: int, rng: StepRandom) -> Losses:
+        if self.perceptual is not None and self.distance is None:
+            raise InputError(
+                f"{self.perceptual!r} was not given: call see_with before the training."
+            )
         posterior = self.vae.encode(batch).latent_dist
         noise = rng.normal("posterior", posterior.mean.shape[1:])
         mean, deviation = posterior.mean.float(), posterior.std.float()
