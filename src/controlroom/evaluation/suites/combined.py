@@ -158,7 +158,7 @@ class Job:
     def region(self, size: tuple[int, int]) -> NDArray[np.bool_]:
         """[height, width]: the parts that change, around the true bones, and every pixel that truly changes."""
         points = keypoints(self.whole.before, size=size[0])
-        parts = tuple(dict.fromkeys(part for edit in self.parts for part in editing.ABOUT[edit.kind]))
+        parts = [part for edit in self.parts for part in editing.ABOUT[edit.kind]]
         return region_of(points, parts, size) | self.whole.changed(size[0])
 
 

@@ -71,8 +71,11 @@ def build(
             mode="replace",
             keep_source=False,
         )
-        edited = {edited_arm(by): lambda pipe, by=by: inverted.draw(pipe, by, told, [control], hold) for by in METHODS}
-        return edited | {again_arm(by): lambda pipe, by=by: inverted.draw(pipe, by, told) for by in METHODS}
+        found: dict[str, Make] = {}
+        for by in METHODS:
+            found[edited_arm(by)] = lambda pipe, by=by: inverted.draw(pipe, by, told, [control], hold)
+            found[again_arm(by)] = lambda pipe, by=by: inverted.draw(pipe, by, told)
+        return found
 
     suite = true_picture_suite(
         "prompt_to_prompt_real",

@@ -179,9 +179,7 @@ class AutoencoderRecipe:
 
     def loss(self, batch: Tensor, step: int, rng: StepRandom) -> Losses:
         if self.perceptual is not None and self.distance is None:
-            raise InputError(
-                f"{self.perceptual!r} was not given: call see_with before the training."
-            )
+            raise InputError(f"{self.perceptual!r} was not given: call see_with before the training.")
         posterior = self.vae.encode(batch).latent_dist
         noise = rng.normal("posterior", posterior.mean.shape[1:])
         mean, deviation = posterior.mean.float(), posterior.std.float()
