@@ -49,7 +49,7 @@ from controlroom.evaluation.extractor import content_hash
 from controlroom.evaluation.metrics.background import background
 from controlroom.evaluation.metrics.pck import read_pck
 from controlroom.evaluation.metrics.pixels import unit_pixels
-from controlroom.evaluation.regions import region_of
+from controlroom.evaluation.regions import Part, region_of
 from controlroom.evaluation.retarget_methods import pose_of
 from controlroom.evaluation.suites import editing
 from controlroom.evaluation.suites.editing import (
@@ -158,7 +158,7 @@ class Job:
     def region(self, size: tuple[int, int]) -> NDArray[np.bool_]:
         """[height, width]: the parts that change, around the true bones, and every pixel that truly changes."""
         points = keypoints(self.whole.before, size=size[0])
-        parts = [part for edit in self.parts for part in editing.ABOUT[edit.kind]]
+        parts: list[Part] = [part for edit in self.parts for part in editing.ABOUT[edit.kind]]
         return region_of(points, parts, size) | self.whole.changed(size[0])
 
 
