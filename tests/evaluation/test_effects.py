@@ -11,7 +11,9 @@ from PIL import Image
 from controlroom.app import docs
 from controlroom.core.errors import InputError
 from controlroom.evaluation import effects, tradeoff
-from controlroom.evaluation.effects import MEASURED, MISSING, TARGETS, Gain, Joint, Level, NotWorse, Rising
+from controlroom.evaluation.effect_rules import Gain, Joint, Level, NotWorse, Rising, against
+from controlroom.evaluation.effect_targets import MEASURED, TARGETS
+from controlroom.evaluation.effects import MISSING
 from controlroom.evaluation.suites.editing import MADE, PSNR
 from controlroom.evaluation.suites.report import Cell, Report, Row
 from controlroom.evaluation.suites.table import SUITES
@@ -99,9 +101,9 @@ def test_levels_and_gains_are_judged_with_their_intervals(tmp_path: Path) -> Non
     assert "+7.0 [+5.5, +8.5]" in outside[2] and outside[5] == "yes, within the error"
     assert line(text, "SEGA", "attribute appears")[2] == MISSING
     assert "Title of prompt_to_prompt" in text and "measurement 0000" in text
-    assert effects.against(cell(0.5, 0.1), least=0.55) == "no, within the error"
-    assert effects.against(cell(0.5, 0.01), least=0.55) == "no"
-    assert effects.against(cell(0.9, 0.3), most=1.0) == "yes, within the error"
+    assert against(cell(0.5, 0.1), least=0.55) == "no, within the error"
+    assert against(cell(0.5, 0.01), least=0.55) == "no"
+    assert against(cell(0.9, 0.3), most=1.0) == "yes, within the error"
 
 
 def test_rates_must_not_fall() -> None:

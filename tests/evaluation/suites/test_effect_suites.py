@@ -242,11 +242,12 @@ def test_concepts_name_what_changes() -> None:
         (control,) = spec.controls
         assert isinstance(control, SemanticGuidance)
         first = control.edits[0]
-        assert not first.reverse and first.prompt == sega.concept(edit.after, kind) and first.warmup == 2
+        assert not first.reverse and first.prompt == sega.sentence(edit.after, kind) and first.warmup == 1
         assert all(word in full_caption(edit.after) for word in first.prompt.split() if word not in ("a", "an"))
         assert first.threshold == (0.5 if kind == "place" else 0.9)
         for away in control.edits[1:]:
-            assert away.reverse and away.prompt == sega.concept(edit.before, kind) != first.prompt
+            assert away.reverse and away.prompt == sega.sentence(edit.before, kind) != first.prompt
+        assert (sega.concept(edit.after, kind) or "") in first.prompt
     (alone,) = sega.control(editing.edit_number(0, ("top colour",)), sega.Settings(take_away=False)).edits
     assert not alone.reverse
 

@@ -29,8 +29,8 @@ class Settings(SuiteSettings):
     """Kinds are those that the checkpoint can draw from words at all; ``hat`` is one more."""
 
     kinds: tuple[str, ...] = KINDS
-    scale: float = Field(default=5.0, gt=0)
-    warmup: float = Field(default=0.1, ge=0, lt=1)
+    scale: float = Field(default=8.0, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the concepts are not added yet."""
     threshold: float = Field(default=0.9, ge=0, le=1)
     """Share of a direction's values that are left out, where the change is of a part;"""
@@ -64,11 +64,23 @@ def concept(scene: Scene, kind: str) -> str | None:
     return colours[kind]
 
 
+def sentence(scene: Scene, kind: str) -> str | None:
+    """The same as captions say it, of the figure: a small model hardly knows "red hair" without a woman who has it."""
+    thing = concept(scene, kind)
+    if thing is None or kind == "style":
+        return thing
+    puppet = scene.puppets[0]
+    if kind == "expression":
+        return article(f"{puppet.expression} {puppet.identity.figure}")
+    link = {"place": "", "pose": "", "hair colour": "with "}.get(kind, "wearing ")
+    return article(f"{puppet.identity.figure} {link}{thing}")
+
+
 def control(edit: Edit, settings: Settings) -> SemanticGuidance:
     """The concepts of an edit."""
     threshold = settings.threshold if edit.kind in editing.ABOUT else settings.whole_threshold
     warmup = round(settings.warmup * settings.steps)
-    wanted, there = concept(edit.after, edit.kind), concept(edit.before, edit.kind)
+    wanted, there = sentence(edit.after, edit.kind), sentence(edit.before, edit.kind)
     said = [(wanted, False)] if wanted else []
     if there and (settings.take_away or not wanted):
         said.append((there, True))
