@@ -21,7 +21,7 @@ from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.loop import train
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipes.theatre_appearance import TheatreAppearance
-from controlroom.training.recipes.theatre_pairs import pair_of, pair_words, skeleton_map
+from controlroom.training.recipes.theatre_pairs import EMPTY_SHARE, pair_of, pair_words, skeleton_map
 from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
 from controlroom.training.recipes.theatre_unet import noise_schedule
 from controlroom.training.settings import TrainSettings
@@ -169,14 +169,14 @@ def test_loss_is_the_published_one(parts: Path, cache: Path) -> None:
         torch.testing.assert_close(recipe.loss(batch, 0, rng).total, expected)
 
 
-def test_words_name_the_place_of_a_moved_target_and_half_of_the_others_are_empty() -> None:
+def test_words_name_the_place_of_a_moved_target_and_most_others_are_empty() -> None:
     pairs = [pair_of(index) for index in range(120)]
     texts = [pair_words(pair, Dice("test", i)) for i, pair in enumerate(pairs)]
     moved = [(p, text) for p, text in zip(pairs, texts, strict=True) if p.moved]
     still = [text for p, text in zip(pairs, texts, strict=True) if not p.moved]
     assert 0.2 < len(moved) / len(pairs) < 0.5
     assert all(v.PLACE_PHRASES[p.target.place] in text for p, text in moved)
-    assert 0.35 < sum(text == "" for text in still) / len(still) < 0.65
+    assert abs(sum(text == "" for text in still) / len(still) - EMPTY_SHARE) < 0.15
 
 
 def test_skeleton_lies_on_the_puppet() -> None:
