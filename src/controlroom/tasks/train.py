@@ -163,8 +163,15 @@ def plan_training(
     if model and not kind.needs_model:
         raise InputError(f"{entry.name} makes a model of its own; leave {str(model)!r} out.")
     start = str(model or "theatre") if kind.needs_model else ""
+    from controlroom.training.shown_recipe import ShownSettings
+
     own = kind(**settings)
-    if getattr(own, "previews", ()) and checked.preview_every is None and checked.total_steps is not None:
+    if (
+        isinstance(own, ShownSettings)
+        and own.previews
+        and checked.preview_every is None
+        and checked.total_steps is not None
+    ):
         checked = checked.model_copy(update={"preview_every": max(1, checked.total_steps // 10)})
     return TrainingPlan(entry, start, str(chosen), own, checked)
 

@@ -68,3 +68,26 @@ class RecipeSettings(BaseModel):
             pictures: what is learned from.
             folder: where the run writes; jobs that come before it (pictures of the class) may write there.
         """
+
+
+def check_levels(channels: Sequence[int], norm_groups: int, size: tuple[int, int]) -> None:
+    """Whether a network of these levels, each of half the side of the one before, fits pictures and norms.
+
+    Args:
+        channels: of each level.
+        norm_groups: that the channels of each are divided into.
+        size: height and width in pixels.
+
+    Raises:
+        InputError: sides that cannot be halved as often, or channels that do not fit the groups.
+    """
+    height, width = size
+    halved = 2 ** (len(channels) - 1)
+    if height % halved or width % halved:
+        raise InputError(
+            f"{len(channels)} levels halve the sides {len(channels) - 1} times; {height} x {width} is no multiple of "
+            f"{halved}."
+        )
+    wrong = [count for count in channels if count % norm_groups]
+    if wrong:
+        raise InputError(f"channels has {wrong[0]}, which is no multiple of norm_groups, {norm_groups}.")

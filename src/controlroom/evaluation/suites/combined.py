@@ -66,7 +66,7 @@ from controlroom.evaluation.suites.editing import (
 )
 from controlroom.evaluation.suites.instruct_pix2pix import INSTRUCTED, editor
 from controlroom.evaluation.suites.prompt_to_prompt import COLOURS, as_many_words
-from controlroom.evaluation.suites.semantic_guidance import concept
+from controlroom.evaluation.suites.semantic_guidance import sentence
 from controlroom.evaluation.suites.suite import (
     Arm,
     Case,
@@ -104,16 +104,17 @@ class Settings(SuiteSettings):
     instructed: str = f"{THEATRE}/instruct_pix2pix"
     """InstructPix2Pix; the arm is left out where it is not."""
     cross_replace: float = Field(default=0.4, ge=0, le=1)
-    self_replace: float = Field(default=0.4, ge=0, le=1)
+    self_replace: float = Field(default=0.8, ge=0, le=1)
+    """Of Prompt-to-Prompt wherever it acts, as in the suite ``prompt_to_prompt``: peers are at their best."""
     blend_threshold: float = Field(default=0.3, ge=0, lt=1)
     blend_resolution: int | None = 16
     """Of the layers that say where the edited parts are: the theatre's finest; at a quarter of its latents' 16x16 the
     words are everywhere. None: the control's own choice."""
-    scale: float = Field(default=5.0, gt=0)
+    scale: float = Field(default=8.0, gt=0)
     """Of SEGA's concepts where it is alone, as in the suite ``semantic_guidance``;"""
     confined_scale: float = Field(default=10.0, gt=0)
     """and where the local blend confines what it does, which bears more."""
-    warmup: float = Field(default=0.1, ge=0, lt=1)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
     threshold: float = Field(default=0.9, ge=0, le=1)
     moved: float = Field(default=0.25, gt=0, le=1)
     """Share of the steps before which Attend-and-Excite moves the latents;"""
@@ -347,7 +348,7 @@ def concepts(parts: Sequence[Edit], settings: Settings, scale: float) -> Semanti
     return SemanticGuidance(
         [
             SemanticEdit(
-                prompt=concept(scene, kind) or "",
+                prompt=sentence(scene, kind) or "",
                 reverse=away,
                 scale=scale,
                 warmup=warmup,

@@ -26,7 +26,7 @@ from controlroom.core.files import atomic_path
 from controlroom.data.pictures import Picture
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Distance, Losses
-from controlroom.training.recipe_settings import RecipeSettings
+from controlroom.training.recipe_settings import RecipeSettings, check_levels
 from controlroom.training.shown_pixels import ShownPixels
 
 if TYPE_CHECKING:
@@ -83,15 +83,7 @@ class AutoencoderSettings(RecipeSettings):
             InputError: sides that cannot be halved as often, or channels that do not fit the groups.
         """
         height, width = self.hw or (256, 256)
-        halved = 2 ** (len(self.channels) - 1)
-        if height % halved or width % halved:
-            raise InputError(
-                f"{len(self.channels)} levels halve the sides {len(self.channels) - 1} times; {height} x {width} is no "
-                f"multiple of {halved}."
-            )
-        wrong = [count for count in self.channels if count % self.norm_groups]
-        if wrong:
-            raise InputError(f"channels has {wrong[0]}, which is no multiple of norm_groups, {self.norm_groups}.")
+        check_levels(self.channels, self.norm_groups, (height, width))
         levels = len(self.channels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

@@ -17,13 +17,13 @@ from PIL import Image
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from controlroom.core.errors import InputError, ModelError
+from controlroom.core.errors import ModelError
 from controlroom.data.pictures import Picture
 from controlroom.sampling.ddpm import DDPM
 from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import RecipeSettings
+from controlroom.training.recipe_settings import RecipeSettings, check_levels
 from controlroom.training.shown_pixels import ShownPixels
 
 if TYPE_CHECKING:
@@ -74,15 +74,7 @@ class DDPMSettings(RecipeSettings):
             InputError: sides that cannot be halved as often, or channels that do not fit the groups.
         """
         height, width = self.hw or (32, 32)
-        halved = 2 ** (len(self.channels) - 1)
-        if height % halved or width % halved:
-            raise InputError(
-                f"{len(self.channels)} levels halve the sides {len(self.channels) - 1} times; {height} x {width} is no "
-                f"multiple of {halved}."
-            )
-        wrong = [count for count in self.channels if count % self.norm_groups]
-        if wrong:
-            raise InputError(f"channels has {wrong[0]}, which is no multiple of norm_groups, {self.norm_groups}.")
+        check_levels(self.channels, self.norm_groups, (height, width))
         attends = [min(height, width) // 2**i in self.attention for i in range(len(self.channels))]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
