@@ -17,6 +17,7 @@ from PIL import Image
 
 import controlroom as cr
 from benchmarks import models, timing
+from controlroom.backbones.ip_adapter import adapter_from_tensors
 from controlroom.catalog import control_class
 from tests.controls.nets import tiny_controlnet, tiny_image_encoder, tiny_ip_adapter
 from tests.tiny import tiny_unet
@@ -133,7 +134,9 @@ def ip_adapter(bench: Bench) -> tuple[str, Call, Call]:
         group, _, rest = key.partition(".")
         nested[group][rest] = value
     theirs.load_ip_adapter(nested, subfolder="", weight_name="", image_encoder_folder=None)
-    ours = control_class("ip_adapter")(model=file, image=bench.picture, image_encoder=encoder)
+    # Loaded before, as theirs is.
+    adapter = adapter_from_tensors(file, bench.ours.backbone.unet)
+    ours = control_class("ip_adapter")(model=adapter, image=bench.picture, image_encoder=encoder)
     called = bench.controlled(ours)
     return "IP-Adapter", called, lambda output="pil": bench.run(theirs, output, ip_adapter_image=bench.picture)
 

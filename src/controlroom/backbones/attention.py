@@ -397,6 +397,10 @@ class _Attend:
 
     def with_streams(self, out: torch.Tensor) -> torch.Tensor:
         """Join every branch's streams; branches whose streams have as many keys share a call."""
+        alike = self.alike_streams()
+        if alike is not None:
+            k, v, factor = alike
+            return torch.add(out, self.sdpa(self.q, k, v, None), alpha=factor)
         parts: dict[tuple[str, int], torch.Tensor] = {}
         groups: dict[tuple[int, int], list[str]] = {}
         for name, streams in self.operations.streams.items():
@@ -417,6 +421,28 @@ class _Attend:
             streams = self.operations.streams.get(name, [])
             pieces.append(_joined(piece, streams, [parts[name, i] for i in range(len(streams))]) if streams else piece)
         return torch.cat(pieces)
+
+    def alike_streams(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Keys, values and factor of all rows, where every branch has one stream and all are added alike.
+
+        The batch then stays whole, as an IP-Adapter alone leaves it. None: it has to be taken apart.
+        """
+        streams = [self.operations.streams.get(name, []) for name in self.layout.names]
+        if self.branch_qkv or any(len(each) != 1 for each in streams):
+            return None
+        found = [each[0] for each in streams]
+        factor, length = found[0].scale, found[0].length
+        if not isinstance(factor, int | float):
+            return None
+        keys, values = [], []
+        for name, one in zip(self.layout.names, found, strict=True):
+            plain = one.mode == "add" and one.query_mask is None and one.bias is None
+            if not plain or one.k is None or one.v is None or one.length != length or one.scale != factor:
+                return None
+            keys.append(self.match(one.k, name))
+            values.append(self.match(one.v, name))
+        k, v = (self.split(torch.cat(parts).to(self.dtype)) for parts in (keys, values))
+        return k, v, factor
 
     def stream_qkv(self, name: str, stream: Stream) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q = self.branch_qkv[name][0] if self.branch_qkv else self.q[self.layout.rows(name)]

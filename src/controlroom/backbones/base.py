@@ -258,12 +258,14 @@ class Backbone:
 
 def execution_device(module: Any) -> torch.device:
     """Where a module computes, also when accelerate's hooks bring it there only for the call."""
-    for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(module.parameters()).device
+    # A run asks often, and walking through all parts takes milliseconds: only parts that are brought one by one, whose
+    # parameters are elsewhere meanwhile (meta), need it.
+    device = next(module.parameters()).device
+    for part in module.modules() if device.type == "meta" else (module,):
+        at = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if at is not None:
+            return torch.device(at)
+    return device
 
 
 def expand_learned_words(prompt: str, tokenizer: Any) -> str:

@@ -179,4 +179,10 @@ class TheatreControlNet:
         self.controlnet.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        self.controlnet.load_state_dict(ControlNetModel.from_pretrained(folder).state_dict())
+        """Weights to go on from. Those for one kind serve the network for all: its planes of kinds start at nothing."""
+        state = ControlNetModel.from_pretrained(folder).state_dict()
+        key = "controlnet_cond_embedding.conv_in.weight"
+        missing = self.controlnet.state_dict()[key].shape[1] - state[key].shape[1]
+        if self.kind == MULTI and missing == len(CONDITION_KINDS):
+            state[key] = nn.functional.pad(state[key], (0, 0, 0, 0, 0, missing))
+        self.controlnet.load_state_dict(state)
