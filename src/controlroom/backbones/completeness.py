@@ -74,7 +74,7 @@ def check_keys(module: Any, place: Path, variant: str | None = None) -> None:
     else:
         files = [file for file in files if file.name.count(".") == 1] or files
     stored: dict[str, tuple[int, ...]] = {}
-    for file in files:
+    for file in [*files, *_shared_files(place)]:
         with safe_open(str(file), framework="pt") as content:
             for key in content.keys():
                 stored[key] = tuple(content.get_slice(key).get_shape())
@@ -89,6 +89,21 @@ def check_keys(module: Any, place: Path, variant: str | None = None) -> None:
             )
         if found != tuple(value.shape):
             raise ModelError(f"{place} has {key!r} as {list(found)}, its config asks for {list(value.shape)}.")
+
+
+def _shared_files(place: Path) -> list[Path]:
+    """Files of neighbouring folders that the index of a folder names, as transformers loads them.
+
+    Raises:
+        ModelError: one is not there.
+    """
+    index = place / "model.safetensors.index.json"
+    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
+    files = [place / name for name in sorted(names) if "/" in name]
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{place} needs the weights in {file}, which is not there. Copy the whole checkpoint.")
+    return files
 
 
 def _stored_shape(stored: dict[str, tuple[int, ...]], key: str) -> tuple[int, ...] | None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from controlroom.core.errors import ModelError
 from controlroom.core.files import atomic_path, write_text_atomically
+from controlroom.training.stored_once import INDEX, WEIGHTS, split_off, store_once
 
 #: Weights of a stage -> folder of the checkpoint; later stages write over earlier ones.
 PARTS = {
@@ -52,8 +53,9 @@ def assemble(runs: Path, target: Path, only: str | None = None) -> list[Path]:
                 raise ModelError(f"{source} does not exist: train the stage {stage!r} first.")
             continue
         written += copy_half(source, target / place)
-    if (target / "clip").is_dir():
+    if (target / "clip" / WEIGHTS).is_file():
         written += _text_encoder(target)
+    written += _stored_once(target)
     written += _pipeline_files(target)
     return written
 
@@ -97,6 +99,24 @@ def _text_encoder(target: Path) -> list[Path]:
     copied = copy_half(clip / "tokenizer", target / "tokenizer")
     _older_tokenizer_files(target / "tokenizer")
     return [folder / "model.safetensors", folder / "config.json", *copied]
+
+
+def _stored_once(target: Path) -> list[Path]:
+    """What CLIP shares with its text half and with the image encoder of the IP-Adapter is stored once."""
+    clip, encoder = target / "clip", target / "ip_adapter" / "image_encoder"
+    written: list[Path] = []
+    vision = clip / "model-vision.safetensors"
+    if (clip / WEIGHTS).is_file() and (encoder / WEIGHTS).is_file():
+        own, theirs = load_file(str(clip / WEIGHTS)), load_file(str(encoder / WEIGHTS))
+        same = {key for key, value in own.items() if key in theirs and torch.equal(value, theirs[key])}
+        if same:
+            split_off(clip, same, vision.name)
+    if vision.is_file() and (encoder / WEIGHTS).is_file():
+        written += store_once(encoder, vision)
+    text = target / "text_encoder" / WEIGHTS
+    if text.is_file() and (clip / INDEX).is_file():
+        written += store_once(clip, text)
+    return written
 
 
 def _older_tokenizer_files(folder: Path) -> None:
