@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from controlroom.backbones.adapter_files import AdapterKind, recognise_header
+from controlroom.backbones.differences import is_difference, stored_whole
 from controlroom.backbones.file_header import header_of
 from controlroom.backbones.learned_words import check_word
 from controlroom.backbones.lora_dialects import save_peft
@@ -80,7 +81,7 @@ def convert(
     """Convert a file.
 
     Args:
-        source: a pickle, a ``.safetensors`` file, or a folder of PEFT.
+        source: a pickle, a ``.safetensors`` file, a folder of PEFT, or one whose network is stored as a difference.
         target: a ``.safetensors`` file; a folder for a ControlNet or a whole model in diffusers' layout, and for PEFT.
         to: dialect of a LoRA; None: the keys stay as they are.
         base: folder of the base model in diffusers' layout, for configurations that the shapes do not tell.
@@ -92,6 +93,12 @@ def convert(
     """
     folder = to == "peft" or target.suffix != SUFFIX
     check_target(target, folder)
+    if is_difference(source):
+        if to is not None or not folder:
+            raise InputError(f"{source} holds a network as a difference, which becomes a folder. Leave --to out.")
+        return Converted(
+            tuple(stored_whole(source, target)), None, (f"the difference was added to its base: {source}",)
+        )
     read = read_source(source)
     kind, notes = _recognised(read)
     if kind is None:

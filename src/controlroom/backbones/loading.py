@@ -15,6 +15,7 @@ import torch
 
 from controlroom.backbones.base import Backbone, execution_device
 from controlroom.backbones.completeness import check_folder, check_keys
+from controlroom.backbones.differences import load_unet
 from controlroom.backbones.model_files import PICKLES, explained, pickle_refused, read_json
 from controlroom.backbones.sd1 import StableDiffusion1
 from controlroom.backbones.sd2 import StableDiffusion2
@@ -230,8 +231,6 @@ def load_backbone(
 
 def _load_theatre_with(name: str, dtype: torch.dtype | None) -> Any:
     """The theatre with another network in the place of its own: one that reads further input channels."""
-    from diffusers import UNet2DConditionModel
-
     folder, whole = find_model(name), theatre_folder()
     check_folder(whole)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -239,14 +238,7 @@ def _load_theatre_with(name: str, dtype: torch.dtype | None) -> Any:
     if config.get("_class_name") != "UNet2DConditionModel" or config.get("in_channels", own) <= own:
         raise ModelError(f"{name!r} is a part of the theatre that a control takes, not a model. Give {THEATRE!r}.")
     pipeline = _load_folder(whole, dtype, None)
-    unet: Any = explained(
-        str(folder),
-        lambda: UNet2DConditionModel.from_pretrained(
-            str(folder), torch_dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True
-        ),
-    )
-    check_keys(unet, folder)
-    pipeline.register_modules(unet=unet.eval())
+    pipeline.register_modules(unet=load_unet(folder, dtype))
     return pipeline
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from controlroom.backbones.differences import is_difference, read_difference
 from controlroom.backbones.model_files import explained, read_safetensors
 from controlroom.backbones.sites import attention_sites, stages
 from controlroom.core.errors import ModelError
@@ -169,8 +170,8 @@ def load_writer(path: Path, unet: Any) -> Any:
             raise ModelError(f"{path} has no .safetensors file. Copy its weights there.")
     else:
         config, files = dict(unet.config), [path]
-    stored: dict[str, Tensor] = {}
-    for file in files:
+    stored: dict[str, Tensor] = read_difference(path) if is_difference(path) else {}
+    for file in files if not stored else ():
         stored.update(read_safetensors(file))
     # Without memory first: random numbers for a large network that is overwritten anyway take a minute.
     with torch.device("meta"):

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from controlroom.backbones.differences import WHOLE, write_difference
 from controlroom.core.errors import ModelError
 from controlroom.core.files import atomic_path, write_text_atomically
 from controlroom.training.stored_once import INDEX, WEIGHTS, split_off, store_once
@@ -35,6 +36,8 @@ PARTS = {
     "inpaint": "inpaint",
     "depth2img": "depth2img",
 }
+#: Parts that are copies of the UNet, tuned whole.
+TUNED = ("appearance", "instruct_pix2pix", "inpaint", "depth2img")
 
 
 def assemble(runs: Path, target: Path, only: str | None = None) -> list[Path]:
@@ -55,7 +58,7 @@ def assemble(runs: Path, target: Path, only: str | None = None) -> list[Path]:
         written += copy_half(source, target / place)
     if (target / "clip" / WEIGHTS).is_file():
         written += _text_encoder(target)
-    written += _stored_once(target)
+    written += _stored_once(target) + _as_differences(target)
     written += _pipeline_files(target)
     return written
 
@@ -99,6 +102,19 @@ def _text_encoder(target: Path) -> list[Path]:
     copied = copy_half(clip / "tokenizer", target / "tokenizer")
     _older_tokenizer_files(target / "tokenizer")
     return [folder / "model.safetensors", folder / "config.json", *copied]
+
+
+def _as_differences(target: Path) -> list[Path]:
+    """Tuned copies of the UNet are stored as their difference from it."""
+    base, written = target / "unet" / WHOLE, list[Path]()
+    for folder in (target / name for name in TUNED):
+        whole = folder / WHOLE
+        if base.is_file() and whole.is_file():
+            with safe_open(str(whole), "pt") as file:
+                metadata = dict(file.metadata() or {})
+            written.append(write_difference(folder, load_file(str(whole)), base, metadata))
+            whole.unlink()
+    return written
 
 
 def _stored_once(target: Path) -> list[Path]:

@@ -15,7 +15,7 @@ _DIALECTS = ("diffusers", "kohya", "peft")
 
 def convert(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A .bin, .pt, .pth, .ckpt or .safetensors file, or a folder of PEFT.")
+        str, typer.Argument(metavar="FILE", help="A .bin, .pt, .pth, .ckpt or .safetensors file, or a folder.")
     ],
     out: Annotated[
         str,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any
 
 from PIL import Image
 from pydantic import Field
 
+from controlroom.backbones.differences import load_unet
 from controlroom.backbones.loading import find_model, keep
 from controlroom.controls.editing.instruct_pix2pix import InstructPix2Pix
 from controlroom.core.errors import InputError
@@ -63,11 +63,8 @@ def editor(pipe: Pipeline, weights: str) -> Pipeline:
     folder = find_model(weights, "UNet")
 
     def load() -> Pipeline:
-        from diffusers import UNet2DConditionModel
-
-        unet: Any = UNet2DConditionModel.from_pretrained(folder, torch_dtype=pipe.dtype, local_files_only=True)
         source = pipe.to_diffusers()
-        parts = {**source.components, "unet": unet.to(pipe.device).eval()}
+        parts = {**source.components, "unet": load_unet(folder, pipe.dtype).to(pipe.device)}
         return Pipeline.from_diffusers(type(source)(**parts, requires_safety_checker=False))
 
     return keep(pipe.backbone, ("instruct_pix2pix",), folder, load)
