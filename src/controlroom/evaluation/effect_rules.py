@@ -26,6 +26,16 @@ class Rule(Protocol):
     def __call__(self, report: Report) -> Verdict | None: ...
 
 
+@dataclass(frozen=True)
+class Target:
+    """A row of the table: a control, what is asked of it in words, the suite, and the rule."""
+
+    control: str
+    asked: str
+    suite: str
+    rule: Rule
+
+
 def against(cell: Cell, least: float | None = None, most: float | None = None) -> str:
     """Whether a number is enough, and whether its interval leaves that open.
 
@@ -49,6 +59,20 @@ def against(cell: Cell, least: float | None = None, most: float | None = None) -
     return said if low >= 0 or high < 0 else f"{said}, within the error"
 
 
+def above(cell: Cell) -> str:
+    """Whether a difference is more than none, and whether its interval leaves that open.
+
+    >>> above(Cell(value=0.0, low=0.0, high=0.0, n=9)), above(Cell(value=0.2, low=0.0, high=0.5, n=9))
+    ('no', 'yes, within the error')
+    """
+    if cell.value is None:
+        return "–"
+    said = "yes" if cell.value > 0 else "no"
+    if cell.low is None or cell.high is None:
+        return said
+    return said if cell.low > 0 or cell.high <= 0 else f"{said}, within the error"
+
+
 @dataclass(frozen=True)
 class Level:
     """A measure of an arm is at least, or at most, a number."""
@@ -70,7 +94,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Gain:
-    """A measure of an arm is better than the suite's baseline, case by case, by at least a number."""
+    """A measure of an arm is better than the suite's baseline, case by case, by a number or more; 0: by any."""
 
     measure: str
     arm: str
@@ -84,7 +108,8 @@ class Gain:
         cell = row.cells[self.arm]
         base = number(levels, levels.cells.get(report.baseline))
         text = f"{number(levels, levels.cells.get(self.arm))}; by case {number(row, cell, signed=True)}"
-        return Verdict(text, _named(report, report.baseline, base), cell.n, against(cell, least=self.least))
+        reached = against(cell, least=self.least) if self.least else above(cell)
+        return Verdict(text, _named(report, report.baseline, base), cell.n, reached)
 
 
 @dataclass(frozen=True)

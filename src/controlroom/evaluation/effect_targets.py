@@ -1,10 +1,8 @@
-"""What is asked of each control: the rows of the table of effects."""
+"""What is asked of the controls of guidance and editing: rows of the table of effects."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from controlroom.evaluation.effect_rules import Gain, Joint, Level, NotWorse, Rising, Rule
+from controlroom.evaluation.effect_rules import Gain, Joint, Level, NotWorse, Rising, Target
 from controlroom.evaluation.suites.attend_and_excite import COLOURS
 from controlroom.evaluation.suites.combined import AHEAD, COMBINED, SEGA, made_name
 from controlroom.evaluation.suites.editing import MADE, PSNR, REST
@@ -20,16 +18,6 @@ from controlroom.evaluation.suites.upscale import ALIKE as STRUCTURE
 from controlroom.evaluation.suites.upscale import BICUBIC, DECIBELS, DISTANCE
 
 SWEEP = "instruct_pix2pix_sweep"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A row of the table: a control, what is asked of it in words, the suite, and the rule."""
-
-    control: str
-    asked: str
-    suite: str
-    rule: Rule
 
 
 def _edits(control: str, suite: str, arm: str, made: float | None, gain: Target) -> tuple[Target, Target]:

@@ -16,10 +16,18 @@ from pathlib import Path
 
 from controlroom.core.errors import ControlRoomError, InputError, ModelError
 from controlroom.core.files import write_text_atomically
-from controlroom.evaluation.effect_targets import MEASURED, SWEEP, TARGETS, Target
+from controlroom.evaluation import effect_targets, effect_targets_spatial
+from controlroom.evaluation.effect_rules import Target
+from controlroom.evaluation.effect_targets import SWEEP
 from controlroom.evaluation.suites.pages import facts, page
 from controlroom.evaluation.suites.report import Report, read_report, summarise
 
+#: Heading -> rows under it.
+SECTIONS = {
+    "Guidance and editing": effect_targets.TARGETS,
+    "Structure, appearance, style and regions": effect_targets_spatial.TARGETS,
+}
+MEASURED = (*effect_targets.MEASURED, *effect_targets_spatial.MEASURED)
 REPORTS = Path("measured/effects")
 """Within the folder of the docs."""
 CURVE = Path("measured/instruct_pix2pix.png")
@@ -48,9 +56,13 @@ def effects_page(folder: Path) -> str:
     Raises:
         InputError: a file among the reports that is none, or is of another suite.
     """
-    reports = {suite: _report(folder, suite) for suite in dict.fromkeys(target.suite for target in TARGETS)}
-    lines = ["| control | asked for | measured | beside it | n | reached |", "|---|---|---|---|--:|---|"]
-    lines += [_line(target, reports[target.suite]) for target in TARGETS]
+    rows = [target for targets in SECTIONS.values() for target in targets]
+    reports = {suite: _report(folder, suite) for suite in dict.fromkeys(target.suite for target in rows)}
+    lines: list[str] = []
+    for title, targets in SECTIONS.items():
+        lines += ["", f"## {title}", ""] if lines else [f"## {title}", ""]
+        lines += ["| control | asked for | measured | beside it | n | reached |", "|---|---|---|---|--:|---|"]
+        lines += [_line(target, reports[target.suite]) for target in targets]
     if (folder / CURVE).is_file():
         lines += ["", f"![InstructPix2Pix: consistency against edit, image and text guidance swept]({CURVE})"]
     found = [report for report in reports.values() if report is not None]

@@ -186,6 +186,7 @@ def _suite(
             rank=rank,
             baseline=WITHOUT,
             ours=ours,
+            others=tuple(arm for arm in arms if arm not in (WITHOUT, ours)),
             note="All arms of a caption are drawn from the same noise. The reader's own error is in the column of the "
             "true picture.",
         ),
