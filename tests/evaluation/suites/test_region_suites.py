@@ -29,7 +29,7 @@ class Halves(Knows):
     def __init__(self, scenes: Any) -> None:
         super().__init__([])
         for scene in scenes:
-            for half, prop in zip(regions.mirrored_halves(render(scene)), regions.in_order(scene), strict=True):
+            for half, prop in zip(regions.columns_of(render(scene), 2), regions.in_order(scene), strict=True):
                 self.known[half.tobytes()] = replace(scene, actors=(prop,))
 
 
@@ -71,6 +71,23 @@ def test_cases_of_regions_and_rpg() -> None:
     (found,) = regions.AllShown(known)([Shown(three, {"rpg": render(three.truth), "without": render(lone)})])
     assert found["rpg"] == {regions.KINDS: 1.0, regions.RIGHT: 1.0}
     assert found["without"] == {regions.KINDS: 0.0, regions.RIGHT: 0.0}
+
+
+def test_wide_pictures_are_read_column_by_column() -> None:
+    scenes = scenes_of(regions.THREE_OBJECTS, 3, 7)
+    alone = [replace(scene, actors=(regions.in_order(scene)[0],)) for scene in scenes]
+    case = regions.build_rpg(regions.Settings(), 1, Knows([]), Words()).case(0)  # type: ignore[arg-type]
+    assert all((spec.width, spec.height) == (384, 128) for spec in case.specs.values())
+    square = regions.build_rpg(regions.Settings(wide=False), 1, Knows([]), Words()).case(0)  # type: ignore[arg-type]
+    assert {spec.width for spec in square.specs.values()} == {None}
+    wide = Image.new("RGB", (384, 128))
+    for i, scene in enumerate(alone):
+        wide.paste(render(scene), (128 * i, 0))
+    reader: Any = Knows(alone)
+    asked = replace(case, truth=replace(case.truth, actors=tuple(scene.actors[0] for scene in reversed(alone))))
+    (found,) = regions.AllShown(reader)([Shown(asked, {"rpg": wide})])
+    # Whichever column it stands in.
+    assert found["rpg"] == {regions.KINDS: 1.0, regions.RIGHT: 1.0}
 
 
 def test_seams_and_puppets_of_a_panorama() -> None:

@@ -2,9 +2,11 @@
 
 Captions are held-out scenes of props of different kinds and colours, flat and from the front. Without a control the
 caption says where things are. With regions each prop has the part of the picture where the scene has it: by
-MultiDiffusion (tight columns, bootstrapping) and by RPG in its forms. For ``regions`` the attribute reader looks at
-each half by itself, mirrored to a whole picture; for ``rpg`` at the whole. The true pictures give the reader's
-own error.
+MultiDiffusion (tight columns, bootstrapping) and by RPG in its forms. Each column is as wide as the pictures that the
+network was trained on, so that it has room for what the network draws in the middle of a picture; ``wide=False`` asks
+for all columns in one such picture. The attribute reader looks at each column by itself; a half of a square is mirrored
+to a whole one first. For ``rpg``, whose prompt says no places, an object counts in whichever column it is seen, and a
+square is read as a whole. The true pictures give the reader's own error.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from controlroom.core.control import Control
 from controlroom.core.spec import RunSpec
 from controlroom.data.theatre.captions import article
 from controlroom.data.theatre.render import render
-from controlroom.data.theatre.scene import Mix, Prop, Scene
+from controlroom.data.theatre.scene import CANVAS, Mix, Prop, Scene
 from controlroom.data.theatre.vocabulary import PLACE_PHRASES, WORLD_VERSION
 from controlroom.evaluation.extractor import TextExtractor, content_hash
 from controlroom.evaluation.extractors.theatre import theatre_clip, theatre_reader
@@ -45,10 +47,14 @@ class Settings(SuiteSettings):
     bootstrap: float = Field(default=0.2, ge=0, le=1)
     window: int = Field(default=16, ge=1)
     """Side of MultiDiffusion's window in latent pixels."""
+    stride: int = Field(default=8, ge=1)
+    """Between its windows."""
+    wide: bool = True
+    """Each column as wide as the network's own pictures; False: all of them in one."""
 
 
 class InPlace:
-    """Whether each half of a picture shows its prop in its colour."""
+    """Whether each column of a picture shows its prop in its colour."""
 
     def __init__(self, reader: AttributeReader) -> None:
         self.reader = reader
@@ -59,7 +65,7 @@ class InPlace:
     def __call__(self, shown: Sequence[Shown[Scene]]) -> Sequence[Values]:
         found: list[dict[str, dict[str, float | None]]] = [{} for _ in shown]
         for arm in shown[0].pictures:
-            halves = [half for one in shown for half in mirrored_halves(one.pictures[arm])]
+            halves = [half for one in shown for half in columns_of(one.pictures[arm], 2)]
             answers = self.reader.read(halves)
             for index, (row, one) in enumerate(zip(found, shown, strict=True)):
                 props = in_order(one.case.truth)
@@ -80,11 +86,13 @@ class AllShown:
     def __call__(self, shown: Sequence[Shown[Scene]]) -> Sequence[Values]:
         found: list[dict[str, dict[str, float | None]]] = [{} for _ in shown]
         for arm in shown[0].pictures:
-            answers = self.reader.read([one.pictures[arm] for one in shown])
-            for row, one, read in zip(found, shown, answers, strict=True):
-                props = one.case.truth.props
-                kinds = all(read[prop.kind] != "absent" for prop in props)
-                right = all(read[prop.kind] == prop.colour for prop in props)
+            # A square is one column here: what is in it stands anywhere.
+            parts = [columns_of(one.pictures[arm], max(1, width_of(one.pictures[arm]))) for one in shown]
+            answers = iter(self.reader.read([part for each in parts for part in each]))
+            for row, one, each in zip(found, shown, parts, strict=True):
+                props, reads = one.case.truth.props, [next(answers) for _ in each]
+                kinds = all(any(read[prop.kind] != "absent" for read in reads) for prop in props)
+                right = all(any(read[prop.kind] == prop.colour for read in reads) for prop in props)
                 row[arm] = {KINDS: float(kinds), RIGHT: float(right)}
         return found
 
@@ -94,14 +102,22 @@ def in_order(scene: Scene) -> list[Prop]:
     return sorted(scene.props, key=lambda prop: prop.x)
 
 
-def mirrored_halves(picture: Image.Image) -> list[Image.Image]:
-    """The left half beside its mirror image, and the right one."""
-    width, height = picture.size
+def width_of(picture: Image.Image) -> int:
+    """How many squares of its height stand side by side in a picture."""
+    return picture.width // picture.height
+
+
+def columns_of(picture: Image.Image, count: int) -> list[Image.Image]:
+    """The columns of a picture, as squares: the halves of a square are beside their mirror images."""
+    width, height = picture.width // count, picture.height
+    parts = [picture.crop((i * width, 0, (i + 1) * width, height)) for i in range(count)]
+    if width >= height:
+        return parts
     found = []
-    for half in (picture.crop((0, 0, width // 2, height)), picture.crop((width // 2, 0, width, height))):
-        whole = Image.new("RGB", (2 * half.width, height))
-        whole.paste(half, (0, 0))
-        whole.paste(ImageOps.mirror(half), (half.width, 0))
+    for part in parts:
+        whole = Image.new("RGB", (2 * width, height))
+        whole.paste(part, (0, 0))
+        whole.paste(ImageOps.mirror(part), (width, 0))
         found.append(whole)
     return found
 
@@ -124,7 +140,7 @@ def _controls(settings: Settings, columns: list[str]) -> dict[str, list[Control]
     base = settings.base_ratio
     return {
         WITHOUT: [],
-        MULTI: [MultiDiffusion(window=settings.window, regions=regions, bootstrap=settings.bootstrap)],
+        MULTI: [MultiDiffusion(settings.window, settings.stride, regions=regions, bootstrap=settings.bootstrap)],
         ATTENTION: [RegionalPrompts(tuple(columns), base_ratio=base)],
         LATENTS: [RegionalPrompts(tuple(columns), base_ratio=base, form="latents", fit="crop")],
         RESIZED: [RegionalPrompts(tuple(columns), base_ratio=base, form="latents", fit="resize")],
@@ -149,6 +165,8 @@ def _case(settings: Settings, mix: Mix, arms: Sequence[str]) -> Callable[[int], 
             prompt=prompt,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
+            height=CANVAS if settings.wide else None,
+            width=len(columns) * CANVAS if settings.wide else None,
             seed=settings.seed + number,
         )
         controls = _controls(settings, columns)
