@@ -20,7 +20,7 @@ from tests.controls.nets import gated_unet, tiny_controlnet, tiny_image_encoder,
 
 EXCITED = [2, 5]
 """Positions of cat and dog."""
-GUIDED = {"guidance_scale": 7.5}
+GUIDED: dict[str, Any] = {"guidance_scale": 7.5}
 """Ours by default; not every pipeline of diffusers has the same."""
 
 
