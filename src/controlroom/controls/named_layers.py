@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from controlroom.core.errors import InputError
 from controlroom.core.sites import Site
@@ -28,6 +31,10 @@ def check_layers(layers: str | list[str]) -> list[str]:
         except re.error as error:
             raise ValueError(f"{name!r} is no name of a layer and no regular expression ({error})") from error
     return listed
+
+
+LayersInput = Annotated[str | list[str], AfterValidator(check_layers)]
+"""What a control's setting of layers takes: a name, or several; a list afterwards."""
 
 
 def named_sites(layers: str | list[str], sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -12,12 +12,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from controlroom.controls.named_layers import check_layers, named_sites
+from controlroom.controls.named_layers import LayersInput
+from controlroom.controls.worse_attention import away_from, worse_branch
 from controlroom.core.attention import AttentionCall
-from controlroom.core.branch import Branch
-from controlroom.core.claims import Claim
 from controlroom.core.control import Control, Declaration, Outline
 from controlroom.core.run import Run
 from controlroom.core.step import Step
@@ -45,25 +44,14 @@ class PerturbedAttentionGuidance(Control):
 
     type: Literal["perturbed_attention_guidance"] = Field(default="perturbed_attention_guidance", kw_only=True)
     scale: float = Field(default=3.0, ge=0.0)
-    layers: str | list[str] = Field(default=["mid"])
+    layers: LayersInput = Field(default=["mid"])
     adaptive_scale: float = Field(default=0.0, ge=0.0)
     start: float = Field(default=0.0, ge=0.0, le=1.0)
     end: float = Field(default=1.0, ge=0.0, le=1.0)
 
-    @field_validator("layers")
-    @classmethod
-    def _names(cls, value: str | list[str]) -> list[str]:
-        return check_layers(value)
-
     def declare(self, outline: Outline) -> Declaration:
         """The perturbed branch, and the layers that are the identity there."""
-        sites = named_sites(self.layers, outline.sites("self"))
-        names = frozenset(site.name for site in sites)
-        return Declaration(
-            branches=(Branch(BRANCH),),
-            attention=sites,
-            claims=(Claim("out", "identity", names, frozenset({BRANCH})), Claim("prediction", "add")),
-        )
+        return worse_branch(BRANCH, self.layers, outline, "out", "identity")
 
     def prepare(self, run: Run) -> None:
         """The perturbed branch is told what the prompt's is, also where that changes from step to step."""
@@ -76,7 +64,5 @@ class PerturbedAttentionGuidance(Control):
 
     def guide(self, step: Step, state: str) -> torch.Tensor | None:
         """Away from the perturbed prediction."""
-        if state != "image":
-            return None
         scale = max(self.scale - self.adaptive_scale * (LAST_TIMESTEP - float(step.t)), 0.0)
-        return scale * (step.eps["cond"] - step.eps[BRANCH])
+        return away_from(BRANCH, step, state, scale)

@@ -16,13 +16,12 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch.nn import functional as F
 
-from controlroom.controls.named_layers import check_layers, named_sites
+from controlroom.controls.named_layers import LayersInput
+from controlroom.controls.worse_attention import away_from, worse_branch
 from controlroom.core.attention import AttentionCall
-from controlroom.core.branch import Branch
-from controlroom.core.claims import Claim
 from controlroom.core.control import Control, Declaration, Outline
 from controlroom.core.run import Run
 from controlroom.core.step import Step
@@ -47,25 +46,14 @@ class SmoothedEnergyGuidance(Control):
 
     type: Literal["smoothed_energy_guidance"] = Field(default="smoothed_energy_guidance", kw_only=True)
     scale: float = Field(default=3.0, ge=0.0)
-    layers: str | list[str] = Field(default=["mid"])
+    layers: LayersInput = Field(default=["mid"])
     sigma: float | None = Field(default=None, gt=0.0)
     start: float = Field(default=0.0, ge=0.0, le=1.0)
     end: float = Field(default=1.0, ge=0.0, le=1.0)
 
-    @field_validator("layers")
-    @classmethod
-    def _names(cls, value: str | list[str]) -> list[str]:
-        return check_layers(value)
-
     def declare(self, outline: Outline) -> Declaration:
         """The smoothed branch, and the layers whose queries are blurred there."""
-        sites = named_sites(self.layers, outline.sites("self"))
-        names = frozenset(site.name for site in sites)
-        return Declaration(
-            branches=(Branch(BRANCH),),
-            attention=sites,
-            claims=(Claim("q", "affine", names, frozenset({BRANCH})), Claim("prediction", "add")),
-        )
+        return worse_branch(BRANCH, self.layers, outline, "q", "affine")
 
     def prepare(self, run: Run) -> None:
         """The smoothed branch is told what the prompt's is, also where that changes from step to step."""
@@ -79,7 +67,7 @@ class SmoothedEnergyGuidance(Control):
 
     def guide(self, step: Step, state: str) -> torch.Tensor | None:
         """Away from the smoothed prediction."""
-        return self.scale * (step.eps["cond"] - step.eps[BRANCH]) if state == "image" else None
+        return away_from(BRANCH, step, state, self.scale)
 
 
 def blurred(q: torch.Tensor, hw: tuple[int, int], sigma: float | None) -> torch.Tensor:
