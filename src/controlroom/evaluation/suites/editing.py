@@ -241,6 +241,11 @@ def readers(
     return attribute_reader or theatre_reader(), keypoint_reader or KeypointReader.load(Readers.folders()[1])
 
 
+def both_captions(edit: Edit) -> str:
+    """What a report says of an edit: the captions before and after."""
+    return f"{full_caption(edit.before)} → {full_caption(edit.after)}"
+
+
 def caption_specs(edit: Edit, settings: SuiteSettings, number: int) -> tuple[RunSpec, RunSpec]:
     """Runs of the captions before and after, from the same noise."""
     source = RunSpec(
@@ -293,7 +298,7 @@ def editing_suite(
         source, target = caption_specs(found, settings, number)
         specs = {SOURCE: source, REPROMPTED: target, **ours(found, source, target)}
         known = {BEFORE: lambda: render(found.before), AFTER: lambda: render(found.after)}
-        return Case(number, f"{source.prompt} → {target.prompt}", found, specs, known)
+        return Case(number, both_captions(found), found, specs, known)
 
     groups = (Compared(SOURCE, (REPROMPTED, *names)), Compared(BEFORE, (AFTER,), true=True))
     return Suite(

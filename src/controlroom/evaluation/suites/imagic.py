@@ -14,7 +14,6 @@ from PIL import Image
 from pydantic import Field
 
 from controlroom.core.spec import RunSpec
-from controlroom.data.theatre.captions import full_caption
 from controlroom.data.theatre.edits import Edit
 from controlroom.data.theatre.render import render
 from controlroom.evaluation.suites import editing
@@ -97,7 +96,7 @@ def build(
         lambda number: editing.edit_number(number, settings.kinds),
         [Arm(arm_of(alpha), f"Imagic, α {alpha:g}") for alpha in settings.alphas],
         made,
-        lambda edit: f"{full_caption(edit.before)} → {full_caption(edit.after)}",
+        editing.both_captions,
         attribute_reader,
         keypoint_reader,
         note=f"Fits: {settings.embedding_steps} steps of the words, {settings.unet_steps} of the network.",

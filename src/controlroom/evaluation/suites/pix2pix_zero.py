@@ -48,6 +48,12 @@ def sentences(scene: Scene, kind: str) -> list[str]:
     return [f"{article(figure)} {joined} {said} {place}" for figure in v.FIGURES for place in v.PLACE_PHRASES.values()]
 
 
+def control(edit: Edit, settings: Settings) -> Pix2PixZero:
+    """The direction of an edit."""
+    there, wanted = (sentences(scene, edit.kind) for scene in (edit.before, edit.after))
+    return Pix2PixZero(there, wanted, scale=settings.scale, end=settings.end, direction=settings.direction)
+
+
 def build(
     settings: Settings,
     n: int,
@@ -62,9 +68,7 @@ def build(
     """
 
     def ours(edit: Edit, source: RunSpec, target: RunSpec) -> Mapping[str, RunSpec]:
-        there, wanted = (sentences(scene, edit.kind) for scene in (edit.before, edit.after))
-        control = Pix2PixZero(there, wanted, scale=settings.scale, end=settings.end, direction=settings.direction)
-        return {ZERO: source.model_copy(update={"controls": [control]})}
+        return {ZERO: source.model_copy(update={"controls": [control(edit, settings)]})}
 
     return editing.editing_suite(
         "pix2pix_zero",

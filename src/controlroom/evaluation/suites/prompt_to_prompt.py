@@ -13,7 +13,7 @@ region's own error, and how much of the true change (`Edit.changed`) the region 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import Field
 
@@ -48,6 +48,29 @@ def as_many_words(edit: Edit) -> bool:
     return len(full_caption(edit.before).split()) == len(full_caption(edit.after).split())
 
 
+class Replaces(Protocol):
+    """Settings with the shares of the steps in which attention is the source's."""
+
+    @property
+    def cross_replace(self) -> float: ...
+    @property
+    def self_replace(self) -> float: ...
+
+
+def control(
+    source: str, settings: Replaces, mode: Literal["replace", "refine"], reweight: dict[str, float] | None = None
+) -> PromptToPrompt:
+    """The control of an edit; the picture of its source is an arm of its own, and not drawn again beside it."""
+    return PromptToPrompt(
+        source=[source],
+        cross_replace=settings.cross_replace,
+        self_replace=settings.self_replace,
+        reweight=reweight,
+        mode=mode,
+        keep_source=False,
+    )
+
+
 def build(
     settings: Settings,
     n: int,
@@ -66,14 +89,7 @@ def build(
     """
 
     def ours(edit: Edit, source: RunSpec, target: RunSpec) -> Mapping[str, RunSpec]:
-        control = PromptToPrompt(
-            source=[str(source.prompt)],
-            cross_replace=settings.cross_replace,
-            self_replace=settings.self_replace,
-            mode="replace",
-            keep_source=False,
-        )
-        return {EDITED: target.model_copy(update={"controls": [control]})}
+        return {EDITED: target.model_copy(update={"controls": [control(str(source.prompt), settings, "replace")]})}
 
     return editing.editing_suite(
         "prompt_to_prompt",

@@ -8,17 +8,15 @@ Edits are those of the suite ``prompt_to_prompt``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from pydantic import Field
 
-from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt
 from controlroom.core.spec import RunSpec
 from controlroom.data.theatre.captions import full_caption
 from controlroom.data.theatre.edits import Edit
 from controlroom.evaluation.suites import editing
 from controlroom.evaluation.suites.inverted_edits import Inverted, again_arm
-from controlroom.evaluation.suites.prompt_to_prompt import COLOURS, as_many_words
+from controlroom.evaluation.suites.prompt_to_prompt import COLOURS, as_many_words, control
 from controlroom.evaluation.suites.suite import Arm, Suite, SuiteSettings
 from controlroom.evaluation.suites.true_pictures import Make, true_picture_suite
 from controlroom.sampling.inverted import Method
@@ -64,20 +62,14 @@ def build(
 
     def made(number: int, edit: Edit, target: RunSpec) -> Mapping[str, Make]:
         inverted, told, hold = Inverted(edit, target, settings.iterations), str(target.prompt), settings.hold_source
-        control = PromptToPrompt(
-            source=[full_caption(edit.before)],
-            cross_replace=settings.cross_replace,
-            self_replace=settings.self_replace,
-            mode="replace",
-            keep_source=False,
-        )
+        changed = control(full_caption(edit.before), settings, "replace")
         found: dict[str, Make] = {}
         for by in METHODS:
-            found[edited_arm(by)] = lambda pipe, by=by: inverted.draw(pipe, by, told, [control], hold)
+            found[edited_arm(by)] = lambda pipe, by=by: inverted.draw(pipe, by, told, [changed], hold)
             found[again_arm(by)] = lambda pipe, by=by: inverted.draw(pipe, by, told)
         return found
 
-    suite = true_picture_suite(
+    return true_picture_suite(
         "prompt_to_prompt_real",
         "Prompt-to-Prompt on true pictures: one colour word swapped",
         settings,
@@ -88,11 +80,9 @@ def build(
             *(Arm(again_arm(by), f"{title}, re-prompted") for by, title in METHODS.items()),
         ],
         made,
-        lambda edit: f"{full_caption(edit.before)} → {full_caption(edit.after)}",
+        editing.both_captions,
         attribute_reader,
         keypoint_reader,
+        baseline=again_arm("null_text"),
         note=f"Guidance: {settings.guidance_scale:g}; null-text optimisation: {settings.iterations} iterations a step.",
     )
-    # What an inversion alone can do is what the control is compared with, not a picture from other noise.
-    others = (edited_arm("ddim"), again_arm("ddim"), editing.REPROMPTED)
-    return replace(suite, table=replace(suite.table, baseline=again_arm("null_text"), others=others))

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 
 from pydantic import Field
 
-from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt
 from controlroom.core.spec import RunSpec
 from controlroom.data.theatre.captions import full_caption
 from controlroom.data.theatre.edits import Edit
 from controlroom.evaluation.suites import editing
-from controlroom.evaluation.suites.prompt_to_prompt import EDITED
+from controlroom.evaluation.suites.prompt_to_prompt import EDITED, control
 from controlroom.evaluation.suites.suite import Arm, Suite, SuiteSettings
 from controlroom.signals.readers import AttributeReader, KeypointReader
 
@@ -48,14 +47,7 @@ def build(
     """
 
     def ours(edit: Edit, source: RunSpec, target: RunSpec) -> Mapping[str, RunSpec]:
-        control = PromptToPrompt(
-            source=[str(source.prompt)],
-            cross_replace=settings.cross_replace,
-            self_replace=settings.self_replace,
-            mode="refine",
-            keep_source=False,
-        )
-        return {EDITED: target.model_copy(update={"controls": [control]})}
+        return {EDITED: target.model_copy(update={"controls": [control(str(source.prompt), settings, "refine")]})}
 
     return editing.editing_suite(
         "prompt_to_prompt_refine",

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 
-from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt
 from controlroom.core.spec import RunSpec
 from controlroom.data.theatre.captions import full_caption
 from controlroom.data.theatre.render import render
@@ -22,6 +21,7 @@ from controlroom.evaluation.metrics.background import background
 from controlroom.evaluation.metrics.pixels import unit_pixels
 from controlroom.evaluation.regions import Part, region_of
 from controlroom.evaluation.suites.editing import CEILING, PSNR, readers
+from controlroom.evaluation.suites.prompt_to_prompt import control
 from controlroom.evaluation.suites.prompt_weighting import (
     ATTRIBUTES,
     SHOWN,
@@ -109,15 +109,8 @@ def build(
         _, words = phrase(found.scene, found.attribute)
         for weight in weights:
             if weight != 1:
-                control = PromptToPrompt(
-                    source=[text],
-                    cross_replace=settings.cross_replace,
-                    self_replace=settings.self_replace,
-                    reweight={words: weight},
-                    mode="replace",
-                    keep_source=False,
-                )
-                specs[arm_of(weight)] = plain.model_copy(update={"controls": [control]})
+                weighed = control(text, settings, "replace", {words: weight})
+                specs[arm_of(weight)] = plain.model_copy(update={"controls": [weighed]})
         return Case(number, f"{text} ({words})", found, specs, {TRUE: lambda: render(found.scene)})
 
     low, high = arm_of(weights[0]), arm_of(weights[-1])

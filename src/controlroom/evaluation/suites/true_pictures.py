@@ -37,6 +37,7 @@ def true_picture_suite(
     attribute_reader: AttributeReader | None,
     keypoint_reader: KeypointReader | None,
     weights: tuple[str, ...] = (),
+    baseline: str = REPROMPTED,
     note: str = "",
 ) -> Suite[Edit]:
     """A suite of edits of true pictures.
@@ -49,6 +50,8 @@ def true_picture_suite(
         say: what a report says of an edit.
         attribute_reader, keypoint_reader: None: the theatre's.
         weights: as in `Suite`.
+        baseline: arm that differences are to: of edits from an inversion, what the inversion can do alone, and not a
+            picture from other noise.
         note: what a reader must know beside what holds for all of them.
 
     Raises:
@@ -86,9 +89,9 @@ def true_picture_suite(
         judges=(editing.EditJudge(*editing.readers(attribute_reader, keypoint_reader), groups, true_region=True),),
         table=Table(
             rank=lambda values: editing.edit_rank(values, names[0]),
-            baseline=REPROMPTED,
+            baseline=baseline,
             ours=names[0],
-            others=names[1:],
+            others=tuple(name for name in (*names[1:], REPROMPTED) if name != baseline),
             note=f"PSNR (cut at {CEILING:.0f} dB) and L1 are to the picture given, where the true pictures before and "
             f"after do not differ.{f' {note}' if note else ''}",
         ),
