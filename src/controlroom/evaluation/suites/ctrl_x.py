@@ -56,8 +56,21 @@ FIRST = 2000
 
 
 class Settings(SuiteSettings):
-    """Those of Ctrl-X are the published ones."""
+    """Those of Ctrl-X are the published ones but for its layers.
 
+    The published layers see a quarter of the latents' size. Of the theatre's latents that is 4 x 4, where no pose can be
+    told from another: there the decoder's last block stands for its first.
+    """
+
+    structure_features: tuple[str, ...] = ("up_blocks.3.resnets.0",)
+    structure_attention: tuple[str, ...] = ("up_blocks.3.attentions.0", "up_blocks.3.attentions.1")
+    appearance_attention: tuple[str, ...] = (
+        "up_blocks.2.attentions.1",
+        "up_blocks.2.attentions.2",
+        "up_blocks.3.attentions.0",
+        "up_blocks.3.attentions.1",
+    )
+    """Empty: the control's own."""
     structure_schedule: float = Field(default=0.6, ge=0, le=1)
     appearance_schedule: float = Field(default=0.6, ge=0, le=1)
     recurrences: int = Field(default=2, ge=0, le=10)
@@ -151,6 +164,9 @@ def build(
             control = CtrlX(
                 [structure],
                 look,
+                structure_features=list(settings.structure_features) or None,
+                structure_attention=list(settings.structure_attention) or None,
+                appearance_attention=list(settings.appearance_attention) or None,
                 structure_schedule=settings.structure_schedule,
                 appearance_schedule=settings.appearance_schedule,
                 recurrence=(0.1, 0.5, settings.recurrences),
