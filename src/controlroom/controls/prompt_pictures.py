@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from controlroom.backbones.image_encoder import clip_pixels
-from controlroom.core.errors import InputError
+from controlroom.core.errors import InputError, ModelError
 from controlroom.core.images import load_image
 
 
@@ -42,6 +42,19 @@ def prompt_pixels(source: Any, side: int, images: int) -> torch.Tensor:
     if images % len(rows):
         raise InputError(f"There are pictures for {len(rows)} prompts, and {images} images.")
     return torch.stack(pixels).repeat_interleave(images // len(rows), dim=0)
+
+
+def check_width(features: torch.Tensor, reads: int, reader: str = "adapter") -> None:
+    """Features [..., width] must be those that an image prompt's model was trained with.
+
+    Raises:
+        ModelError: they have another width.
+    """
+    if features.shape[-1] != reads:
+        raise ModelError(
+            f"The features are {features.shape[-1]} wide, this {reader} reads {reads}. Give the image encoder that "
+            "belongs to it (image_encoder=…)."
+        )
 
 
 def squared(source: Any, side: int) -> Any:

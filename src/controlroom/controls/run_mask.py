@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from controlroom.controls.condition_map import mask_map, resized_mask
+from controlroom.controls.condition_map import mask_map, resized_mask, rows_of, tokens_hw
 from controlroom.controls.word_mask import WordMaps, WordMask
 from controlroom.core.attention import AttentionCall
 from controlroom.core.branch import IMAGE
@@ -54,6 +54,15 @@ class RunMask:
         """[images, 1, h, w]: at the size of the picture's latents."""
         height, width = self._run.latent_shape()[-2:]
         return resized_mask(self.pixels, (height, width))
+
+    def rows(self, branches: tuple[str, ...]) -> torch.Tensor:
+        """[rows, 1, H, W]: for the rows of branches of one size, through the views of the plan under way."""
+        return torch.cat([rows_of(self.pixels, self._run, name) for name in branches])
+
+    def tokens(self, branch: str, count: int) -> torch.Tensor:
+        """[rows, count]: for the rows of a branch, at the size of a layer with that many tokens."""
+        hw = tokens_hw(self._run.plan.hw_of(branch), count)
+        return resized_mask(self.rows((branch,)), hw).flatten(1)
 
 
 def run_mask(source: Any, run: Run, control: Control, name: str = "mask") -> RunMask:

@@ -17,9 +17,10 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, fie
 
 from controlroom.backbones.instant_id import face_encoder_beside, find_identity_adapter, find_identity_net
 from controlroom.backbones.ip_adapter import IPAdapterModel, layer_numbers
-from controlroom.controls.condition_map import resized_mask, rows_of, storable, tiled, tokens_hw
+from controlroom.controls.condition_map import storable, tiled
 from controlroom.controls.face_inputs import FaceEncoder, face_features, face_map, face_vectors
 from controlroom.controls.run_mask import RunMask, joined_sites, mask_sites, run_mask
+from controlroom.controls.side_passes import SideRows, masked_residuals, shared_passes
 from controlroom.controls.word_mask import MaskInput
 from controlroom.core import inputs
 from controlroom.core.attention import AttentionCall
@@ -39,10 +40,9 @@ class _Memory:
         tokens: [1 or images, length, width], for branches with words (False) and without (True).
         numbers: of each layer in the adapter's file.
         net: IdentityNet, or None; dtype: its precision.
-        faces: [images, 3, H, W], what it sees.
+        rows: of the faces that it sees, and of the mask.
         mask: where the control acts, or None.
         projected: keys and values, kept since the tokens stay the same.
-        rows: faces and masks joined for the branches of a pass, and for the views of its plan.
         queries: masks at the size of a layer.
     """
 
@@ -51,10 +51,9 @@ class _Memory:
     numbers: dict[str, int]
     net: Any
     dtype: torch.dtype
-    faces: torch.Tensor | None
+    rows: SideRows | None
     mask: RunMask | None
     projected: dict[tuple[str, bool], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    rows: dict[tuple[tuple[str, ...], int], tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
     queries: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict)
 
 
@@ -140,8 +139,9 @@ class InstantID(Control):
         tokens = self._tokens(run, adapter)
         faces = None if net is None else face_map(self.keypoints, run)
         mask = None if self.mask is None else run_mask(self.mask, run, self)
+        rows = None if faces is None else SideRows(faces, mask)
         dtype = run.dtype if net is None else net.dtype
-        return _Memory(adapter, tokens, layer_numbers(run.backbone.unet), net, dtype, faces, mask)
+        return _Memory(adapter, tokens, layer_numbers(run.backbone.unet), net, dtype, rows, mask)
 
     @torch.no_grad()
     def _tokens(self, run: Run, adapter: IPAdapterModel) -> dict[bool, torch.Tensor]:
@@ -169,8 +169,9 @@ class InstantID(Control):
         """A mask by words moves on."""
         memory: _Memory = step.memory(self)
         if memory.mask is not None and memory.mask.update():
-            memory.rows.clear()
             memory.queries.clear()
+            if memory.rows is not None:
+                memory.rows.joined.clear()
 
     def attention(self, call: AttentionCall) -> None:
         """Attend to the face's tokens beside the words."""
@@ -199,36 +200,25 @@ class InstantID(Control):
         queries, run = call.hidden.shape[1], call.step.run
         key = (branch, queries, id(run.plan))
         if key not in memory.queries:
-            hw = tokens_hw(run.plan.hw_of(branch), queries)
-            memory.queries[key] = resized_mask(rows_of(mask.pixels, run, branch), hw).flatten(1).to(run.dtype)
+            memory.queries[key] = mask.tokens(branch, queries).to(run.dtype)
         return memory.queries[key]
 
     def side(self, step: Step) -> tuple[Residuals, ...] | None:
         """IdentityNet: told the face in the place of the words."""
         memory: _Memory = step.memory(self)
-        if memory.net is None:
+        rows = memory.rows
+        if rows is None:
             return None
-        groups: dict[tuple[tuple[int, int], int], list[str]] = {}
-        for name in step.reached(self):
-            # What cannot share a batch: other sizes, texts of other lengths (SDXL's pooled text comes with them).
-            groups.setdefault((step.run.plan.hw_of(name), step.condition(name).tokens.shape[1]), []).append(name)
-        return tuple(self._pass(step, memory, tuple(names)) for names in groups.values())
+        return tuple(self._pass(step, memory, rows, names) for names in shared_passes(step, step.reached(self)))
 
-    def _pass(self, step: Step, memory: _Memory, names: tuple[str, ...]) -> Residuals:
-        run, key = step.run, (names, id(step.run.plan))
-        if key not in memory.rows:
-            assert memory.faces is not None
-            faces = torch.cat([rows_of(memory.faces, run, name) for name in names])
-            mask = memory.mask
-            masks = None if mask is None else torch.cat([rows_of(mask.pixels, run, name) for name in names])
-            memory.rows[key] = faces, masks
-        faces, mask = memory.rows[key]
-        given, dtype = step.inputs(names), memory.dtype
+    def _pass(self, step: Step, memory: _Memory, rows: SideRows, names: tuple[str, ...]) -> Residuals:
+        run, given, dtype = step.run, step.inputs(names), memory.dtype
+        faces, mask = rows.of(run, names)
         tokens = []
         for name in names:
-            rows = given.layout.size(name)
+            size = given.layout.size(name)
             own = memory.tokens[run.plan.branches[name].role == "uncond"]
-            tokens.append(tiled(own, rows, name).expand(rows, -1, -1))
+            tokens.append(tiled(own, size, name).expand(size, -1, -1))
         added = run.backbone.added_conditions(given.condition) if memory.net.config.addition_embed_type else None
         down, mid = memory.net(
             given.sample.to(dtype),
@@ -240,8 +230,4 @@ class InstantID(Control):
             return_dict=False,
         )
         step.count_side(given.layout.total)
-        found = [*down, mid]
-        if mask is not None:
-            found = [x * resized_mask(mask, (x.shape[-2], x.shape[-1])).to(x) for x in found]
-        found = [x.to(run.dtype) for x in found]
-        return Residuals(names, tuple(found[:-1]), found[-1])
+        return masked_residuals(names, (*down, mid), mask, run.dtype)

@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 
 from controlroom.backbones.image_aggregator import Aggregate
 from controlroom.backbones.image_encoder import check_image_encoder, image_features
-from controlroom.backbones.image_projection import FaceProjection, ImageProjection
+from controlroom.backbones.image_projection import FaceProjection
 from controlroom.backbones.ip_adapter import (
     IPAdapterModel,
     adapted_attention,
@@ -36,7 +36,7 @@ from controlroom.backbones.ip_adapter import (
 from controlroom.backbones.loading import check_device, find_model, keep
 from controlroom.controls.condition_map import rows_of, tiled, tokens_hw
 from controlroom.controls.layer_scales import Scale, layer_scales, leaves
-from controlroom.controls.prompt_pictures import given_features, prompt_pixels
+from controlroom.controls.prompt_pictures import check_width, given_features, prompt_pixels
 from controlroom.controls.run_mask import RunMask, joined_sites, mask_sites, run_mask
 from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall
@@ -244,7 +244,7 @@ class IPAdapter(Control):
             if projection.identity:
                 raise InputError("A FaceID adapter reads a face's identity vector, not a picture. Give it as embeds.")
             positive, negative = self._picture_features(run, adapter, needed)
-        _check_width(positive, projection)
+        check_width(positive, projection.reads)
         if needed and negative is None:
             negative = torch.zeros_like(positive[:1])
         return positive.to(run.device, run.dtype), None if negative is None else negative.to(run.device, run.dtype)
@@ -269,7 +269,7 @@ class IPAdapter(Control):
         """Identities and pictures of faces in one tensor, and those of no face."""
         identity, nobody = given_features(self.embeds, projection.face, 1)
         positive, negative = self._picture_features(run, adapter, needed)
-        _check_width(positive, projection)
+        check_width(positive, projection.reads)
         if identity.shape[1] != positive.shape[1]:
             raise InputError(
                 f"There are {identity.shape[1]} identities in embeds and {positive.shape[1]} pictures. Give as many."
@@ -301,14 +301,6 @@ class IPAdapter(Control):
         if isinstance(self.model, str | os.PathLike):
             path = adapter_file(find_model(self.model, "IP-Adapter"))
         return find_image_encoder(encoder, path, adapter.image_proj, run.backbone)
-
-
-def _check_width(features: torch.Tensor, projection: ImageProjection) -> None:
-    if features.shape[-1] != projection.reads:
-        raise ModelError(
-            f"The features are {features.shape[-1]} wide, this adapter reads {projection.reads}. Give the image "
-            "encoder that belongs to it (image_encoder=…)."
-        )
 
 
 def _masks(mask: Any) -> list[Any]:

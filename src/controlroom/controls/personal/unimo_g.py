@@ -15,12 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 
 from controlroom.backbones.ip_adapter import layer_numbers
 from controlroom.backbones.unimo import Told, UnimoModel, UnimoReader, find_unimo
-from controlroom.controls.condition_map import rows_of, tiled, tokens_hw
+from controlroom.controls.condition_map import tiled
 from controlroom.controls.interleaved import SaidPrompt, picture_counts, said, said_prompts, words_of
 from controlroom.controls.prompt_pictures import prompt_pixels
 from controlroom.controls.run_mask import RunMask, joined_sites, mask_sites, run_mask
@@ -150,9 +149,7 @@ class UnimoG(Control):
         queries, run = call.hidden.shape[1], call.step.run
         key = (branch, queries, id(run.plan))
         if key not in memory.queries:
-            hw = tokens_hw(run.plan.hw_of(branch), queries)
-            found = F.interpolate(rows_of(mask.pixels, run, branch).float(), size=hw, mode="area")
-            memory.queries[key] = found.flatten(1).to(run.dtype)
+            memory.queries[key] = mask.tokens(branch, queries).to(run.dtype)
         return memory.queries[key]
 
 

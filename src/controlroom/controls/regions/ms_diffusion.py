@@ -34,7 +34,7 @@ from controlroom.backbones.ms_diffusion import (
     ms_diffusion_from_tensors,
 )
 from controlroom.controls.condition_map import rows_of, tiled, tokens_hw
-from controlroom.controls.prompt_pictures import prompt_pixels, squared
+from controlroom.controls.prompt_pictures import check_width, prompt_pixels, squared
 from controlroom.core.attention import AttentionCall
 from controlroom.core.backbone import Backbone
 from controlroom.core.claims import Claim
@@ -134,11 +134,7 @@ class MSDiffusion(Control):
         encoder = self._encoder(run, model)
         pixels = prompt_pixels(squared(self.images, _SIDE), encoder.config.image_size, run.images)
         features = image_features(encoder, pixels.flatten(0, 1), states=True).unflatten(0, pixels.shape[:2])
-        if features.shape[-1] != model.image_proj.reads:
-            raise ModelError(
-                f"The features are {features.shape[-1]} wide, this model reads {model.image_proj.reads}. Give the "
-                "image encoder that belongs to it (image_encoder=…)."
-            )
+        check_width(features, model.image_proj.reads, "model")
         rows, dtype = features.shape[0], next(model.parameters()).dtype
         boxes = torch.tensor(self.boxes, device=run.device)
         told = None if self.words is not None else torch.zeros(rows, dtype=torch.bool, device=run.device)

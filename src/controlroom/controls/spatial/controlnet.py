@@ -10,7 +10,7 @@ is none there); poses are drawn here; branches that only supply a reference rece
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,8 +24,9 @@ from controlroom.backbones.controlnet import (
     with_kind,
 )
 from controlroom.backbones.loading import check_device, find_model, keep
-from controlroom.controls.condition_map import condition_map, resized_mask, rows_of, storable
+from controlroom.controls.condition_map import condition_map, storable
 from controlroom.controls.run_mask import RunMask, mask_sites, run_mask
+from controlroom.controls.side_passes import SideRows, masked_residuals, shared_passes
 from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall
 from controlroom.core.branch import Branch
@@ -44,18 +45,16 @@ class _Memory:
     Attributes:
         net: the network.
         dtype: its precision; asking the network walks through all its modules.
-        condition: [images, C, H, W].
+        rows: of the condition and the mask.
         mask: where it acts, or None.
         guess: only branches with words are controlled, and coarse residuals weigh more.
-        rows: conditions and masks joined for the branches of a pass, and for the views of its plan.
     """
 
     net: Any
     dtype: torch.dtype
-    condition: torch.Tensor
+    rows: SideRows
     mask: RunMask | None
     guess: bool
-    rows: dict[tuple[tuple[str, ...], int], tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
 
 
 class ControlNet(Control):
@@ -109,7 +108,8 @@ class ControlNet(Control):
         mask = None if self.mask is None else run_mask(self.mask, run, self)
         if mask is not None and net.config.global_pool_conditions:
             raise InputError("This ControlNet pools its condition over the whole picture; leave mask out.")
-        return _Memory(net, net.dtype, condition, mask, self.guess_mode or bool(net.config.global_pool_conditions))
+        guess = self.guess_mode or bool(net.config.global_pool_conditions)
+        return _Memory(net, net.dtype, SideRows(condition, mask), mask, guess)
 
     def _condition(self, run: Run, channels: int) -> torch.Tensor:
         """[images, channels, H, W]: the map, and the planes that say of which kind it is where the network asks."""
@@ -146,7 +146,7 @@ class ControlNet(Control):
         """A mask by words moves on."""
         memory: _Memory = step.memory(self)
         if memory.mask is not None and memory.mask.update():
-            memory.rows.clear()
+            memory.rows.joined.clear()
 
     def attention(self, call: AttentionCall) -> None:
         """Read where the words of the mask are."""
@@ -157,26 +157,13 @@ class ControlNet(Control):
     def side(self, step: Step) -> tuple[Residuals, ...]:
         memory: _Memory = step.memory(self)
         plan = step.run.plan
-        groups: dict[tuple[tuple[int, int], int], list[str]] = {}
-        for name in step.reached(self):
-            if memory.guess and plan.branches[name].role == "uncond":
-                continue
-            # What cannot share a batch: other sizes, texts of other lengths.
-            groups.setdefault((plan.hw_of(name), step.condition(name).tokens.shape[1]), []).append(name)
-        return tuple(self._pass(step, memory, tuple(names)) for names in groups.values())
+        reached = (n for n in step.reached(self) if not (memory.guess and plan.branches[n].role == "uncond"))
+        return tuple(self._pass(step, memory, names) for names in shared_passes(step, reached))
 
     def _pass(self, step: Step, memory: _Memory, names: tuple[str, ...]) -> Residuals:
         """One forward of the ControlNet over some branches."""
-        run = step.run
-        key = (names, id(run.plan))
-        if key not in memory.rows:
-            condition = torch.cat([rows_of(memory.condition, run, name) for name in names])
-            mask = memory.mask
-            masks = None if mask is None else torch.cat([rows_of(mask.pixels, run, name) for name in names])
-            memory.rows[key] = condition, masks
-        condition, mask = memory.rows[key]
-        given = step.inputs(names)
-        dtype = memory.dtype
+        run, given, dtype = step.run, step.inputs(names), memory.dtype
+        condition, mask = memory.rows.of(run, names)
         added = run.backbone.added_conditions(given.condition) if memory.net.config.addition_embed_type else None
         down, mid = memory.net(
             given.sample.to(dtype),
@@ -189,10 +176,7 @@ class ControlNet(Control):
             return_dict=False,
         )
         step.count_side(given.layout.total)
-        if mask is not None:
-            down = [x * resized_mask(mask, (x.shape[-2], x.shape[-1])).to(x) for x in down]
-            mid = mid * resized_mask(mask, (mid.shape[-2], mid.shape[-1])).to(mid)
-        return Residuals(names, tuple(x.to(run.dtype) for x in down), mid.to(run.dtype))
+        return masked_residuals(names, (*down, mid), mask, run.dtype)
 
 
 def _has_planes(source: Any) -> bool:

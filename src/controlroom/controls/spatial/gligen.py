@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from controlroom.controls.condition_map import resized_mask, rows_of, tokens_hw
 from controlroom.controls.run_mask import RunMask, mask_sites, run_mask
 from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall, FeatureCall
@@ -184,10 +183,7 @@ class Gligen(Control):
             objects = objects.repeat(len(x) // len(objects), 1, 1)
             added = self.scale * (memory.fusers[block](x, objects) - x)
             if memory.mask is not None:
-                run, queries = call.step.run, x.shape[1]
-                mask = rows_of(memory.mask.pixels, run, name)
-                hw = tokens_hw(run.plan.hw_of(name), queries)
-                added = added * resized_mask(mask, hw).flatten(1)[..., None].to(x)
+                added = added * memory.mask.tokens(name, x.shape[1])[..., None].to(x)
             found[rows] = found[rows] + added
         return found
 

@@ -19,9 +19,10 @@ from pydantic import Field, field_validator
 
 from controlroom.backbones.loading import check_device, find_model, keep
 from controlroom.backbones.t2i_adapter import check_fit, check_kind, load_t2i_adapter
-from controlroom.controls.condition_map import resized_mask, rows_of, storable
+from controlroom.controls.condition_map import rows_of, storable
 from controlroom.controls.run_mask import RunMask, mask_sites, run_mask
 from controlroom.controls.side_maps import side_map
+from controlroom.controls.side_passes import masked
 from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall
 from controlroom.core.branch import IMAGE
@@ -129,10 +130,8 @@ class T2IAdapter(Control):
         if key not in memory.joined:
             each = [self._features(step, memory, name) for name in names]
             levels = [self.scale * torch.cat(level) for level in zip(*each, strict=True)]
-            if memory.mask is not None:
-                mask = torch.cat([rows_of(memory.mask.pixels, run, name) for name in names])
-                levels = [x * resized_mask(mask, (x.shape[-2], x.shape[-1])).to(x) for x in levels]
-            memory.joined[key] = tuple(x.to(run.dtype) for x in levels)
+            mask = None if memory.mask is None else memory.mask.rows(names)
+            memory.joined[key] = tuple(x.to(run.dtype) for x in masked(levels, mask))
         return memory.joined[key]
 
     def _features(self, step: Step, memory: _Memory, name: str) -> tuple[torch.Tensor, ...]:

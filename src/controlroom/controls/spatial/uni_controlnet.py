@@ -34,10 +34,11 @@ from controlroom.backbones.uni_controlnet import (
     load_global_adapter,
     load_local_adapter,
 )
-from controlroom.controls.condition_map import resized_mask, rows_of, tiled, tokens_hw
-from controlroom.controls.prompt_pictures import prompt_pixels
+from controlroom.controls.condition_map import tiled
+from controlroom.controls.prompt_pictures import check_width, prompt_pixels
 from controlroom.controls.run_mask import RunMask, joined_sites, mask_sites, run_mask
 from controlroom.controls.side_maps import side_map
+from controlroom.controls.side_passes import SideRows, masked_residuals, shared_passes
 from controlroom.controls.word_mask import MaskInput
 from controlroom.core import inputs
 from controlroom.core.attention import AttentionCall
@@ -94,19 +95,17 @@ class _Memory:
 
     Attributes:
         net: the local adapter; None: there is no map, or it is silent.
-        conditions: [images, channels, H, W].
+        rows: of the conditions and the mask, where there is a local adapter.
         tokens: of the global adapter, times its scale, [1 or images, tokens, width], for branches with words (False)
             and without (True); empty: there is no picture of the content.
         mask: where it acts, or None.
-        rows: conditions and masks joined for the branches of a pass, and for the views of its plan.
         biases: of the tokens' logits, where there is a mask.
     """
 
     net: LocalAdapter | None
-    conditions: torch.Tensor | None
+    rows: SideRows | None
     tokens: dict[bool, torch.Tensor]
     mask: RunMask | None
-    rows: dict[tuple[tuple[str, ...], int], tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
     biases: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict)
 
 
@@ -175,7 +174,8 @@ class UniControlNet(Control):
         net = self._local_adapter(run) if self._local else None
         tokens = self._tokens(run) if self._global else {}
         mask = None if self.mask is None else run_mask(self.mask, run, self)
-        return _Memory(net, None if net is None else self._conditions(run, net), tokens, mask)
+        rows = None if net is None else SideRows(self._conditions(run, net), mask)
+        return _Memory(net, rows, tokens, mask)
 
     def _conditions(self, run: Run, net: LocalAdapter) -> torch.Tensor:
         """[images, 3 * kinds, H, W]: the maps that were given in the adapter's order, zeros for the others."""
@@ -227,11 +227,7 @@ class UniControlNet(Control):
         pixels = prompt_pixels(each, encoder.config.image_size, run.images)
         with torch.no_grad():
             features = image_features(encoder, pixels[:, 0], states=False)
-            if features.shape[-1] != net.settings["reads"]:
-                raise ModelError(
-                    f"The features are {features.shape[-1]} wide, this adapter reads {net.settings['reads']}. Give the "
-                    "image encoder that belongs to it (image_encoder=…)."
-                )
+            check_width(features, net.settings["reads"])
             features = features.to(next(net.parameters()))
             both = {False: net(features), True: net(torch.zeros_like(features[:1]))}
         return {absent: self.global_scale * tokens.to(run.dtype) for absent, tokens in both.items()}
@@ -253,8 +249,9 @@ class UniControlNet(Control):
         """A mask by words moves on."""
         memory: _Memory = step.memory(self)
         if memory.mask is not None and memory.mask.update():
-            memory.rows.clear()
             memory.biases.clear()
+            if memory.rows is not None:
+                memory.rows.joined.clear()
 
     def attention(self, call: AttentionCall) -> None:
         """Join the global adapter's tokens."""
@@ -278,42 +275,29 @@ class UniControlNet(Control):
         key = (name, queries, id(run.plan))
         if key not in memory.biases:
             assert memory.mask is not None
-            mask = rows_of(memory.mask.pixels, run, name)
-            hw = tokens_hw(run.plan.hw_of(name), queries)
-            memory.biases[key] = resized_mask(mask, hw).float().flatten(1).log()[:, None, :, None]
+            memory.biases[key] = memory.mask.tokens(name, queries).float().log()[:, None, :, None]
         return memory.biases[key]
 
     def side(self, step: Step) -> tuple[Residuals, ...] | None:
         memory: _Memory = step.memory(self)
-        if memory.net is None:
+        net, rows = memory.net, memory.rows
+        if net is None or rows is None:
             return None
-        groups: dict[tuple[tuple[int, int], int], list[str]] = {}
-        for name in step.reached(self):
-            # What cannot share a batch: other sizes, texts of other lengths.
-            groups.setdefault((step.run.plan.hw_of(name), step.condition(name).tokens.shape[1]), []).append(name)
-        return tuple(self._pass(step, memory, memory.net, tuple(names)) for names in groups.values())
+        groups = shared_passes(step, step.reached(self))
+        return tuple(self._pass(step, memory, net, rows, names) for names in groups)
 
-    def _pass(self, step: Step, memory: _Memory, net: LocalAdapter, names: tuple[str, ...]) -> Residuals:
+    def _pass(
+        self, step: Step, memory: _Memory, net: LocalAdapter, rows: SideRows, names: tuple[str, ...]
+    ) -> Residuals:
         """One forward of the local adapter over some branches."""
-        run, key = step.run, (names, id(step.run.plan))
-        if key not in memory.rows:
-            assert memory.conditions is not None
-            conditions = torch.cat([rows_of(memory.conditions, run, name) for name in names])
-            mask = memory.mask
-            masks = None if mask is None else torch.cat([rows_of(mask.pixels, run, name) for name in names])
-            memory.rows[key] = conditions, masks
-        conditions, mask = memory.rows[key]
-        given, dtype = step.inputs(names), net.dtype
+        run, given, dtype = step.run, step.inputs(names), net.dtype
+        conditions, mask = rows.of(run, names)
         context = given.condition.tokens
         if memory.tokens:
-            rows = [self._tokens_of(step, memory, name, given.layout.size(name)) for name in names]
-            context = torch.cat([context, torch.cat(rows).to(context)], dim=1)
+            tokens = [self._tokens_of(step, memory, name, given.layout.size(name)) for name in names]
+            context = torch.cat([context, torch.cat(tokens).to(context)], dim=1)
         added = run.backbone.added_conditions(given.condition)
         down, mid = net(given.sample.to(dtype), given.timestep, context.to(dtype), conditions.to(dtype), added)
         step.count_side(given.layout.total)
         factor = self.scale * self.local_scale
-        found = [factor * x for x in (*down, mid)]
-        if mask is not None:
-            found = [x * resized_mask(mask, (x.shape[-2], x.shape[-1])).to(x) for x in found]
-        found = [x.to(run.dtype) for x in found]
-        return Residuals(names, tuple(found[:-1]), found[-1])
+        return masked_residuals(names, (factor * x for x in (*down, mid)), mask, run.dtype)
