@@ -41,7 +41,7 @@ def test_structure_and_appearance_are_told_apart() -> None:
 def test_every_arm_of_two_cases_is_drawn() -> None:
     knows: Any = Knows([])
     # The miniature has other layers than the theatre: the control's own.
-    own: dict[str, Any] = {name: () for name in ("structure_features", "structure_attention", "appearance_attention")}
+    own: dict[str, Any] = dict.fromkeys(("structure_features", "structure_attention", "appearance_attention"), ())
     suite = ctrl_x.build(ctrl_x.Settings(steps=2, recurrences=0, strength=1.0, **own), 2, knows, knows, dense())
     cases, pipe = [suite.case(number) for number in range(2)], Pipeline.from_diffusers(tiny_sd1())
     for arm in (ctrl_x.OURS, ctrl_x.STRUCTURE_ALONE, ctrl_x.CROSS, ctrl_x.REFERENCE):

@@ -58,8 +58,8 @@ FIRST = 2000
 class Settings(SuiteSettings):
     """Those of Ctrl-X are the published ones but for its layers.
 
-    The published layers see a quarter of the latents' size. Of the theatre's latents that is 4 x 4, where no pose can be
-    told from another: there the decoder's last block stands for its first.
+    The published layers see a quarter of the latents' size. Of the theatre's latents that is 4 x 4, where no pose can
+    be told from another: there the decoder's last block stands for its first.
     """
 
     structure_features: tuple[str, ...] = ("up_blocks.3.resnets.0",)
