@@ -10,7 +10,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 from controlroom.backbones import loading
-from controlroom.backbones.controlnet import CONDITION_KINDS, MULTI_CHANNELS
+from controlroom.backbones.controlnet import CONDITION_KINDS, MULTI_CHANNELS, with_kind
 from controlroom.controls.spatial.controlnet import ControlNet
 from controlroom.core.errors import InputError
 from controlroom.data.theatre.conditions import condition
@@ -59,6 +59,29 @@ def test_trains_and_its_export_draws(parts: Path, kind: str, tmp_path: Path, mon
     pipe = pipeline(parts, UNet2DConditionModel.from_pretrained(parts / "unet"))
     drawn, without = (pipe("a woman", controls=controls, **DRAW).images for controls in ([control], []))
     assert torch.isfinite(drawn).all() and (drawn - without).abs().max() > 1e-4
+
+
+def test_the_network_for_all_kinds_starts_from_one_for_a_kind(parts: Path, tmp_path: Path) -> None:
+    """Whatever the planes say, it draws at first what the one for a kind draws."""
+    one, every = recipe_of(parts, "depth"), recipe_of(parts, "multi")
+    with torch.no_grad():
+        for parameter in one.controlnet.parameters():
+            parameter.add_(0.02)
+    one.export(tmp_path / "depth")
+    every.load(tmp_path / "depth")
+    picture = picture_pixels(condition(sample_scene(0), "depth").picture)[None]
+    text = one.conditioner(one.conditioner.ids(["a woman"]))
+    given = (torch.zeros(1, 4, 16, 16), torch.tensor(10), text)
+    alone, *others = (
+        recipe.controlnet(*given, controlnet_cond=seen, return_dict=False)[1]
+        for recipe, seen in (
+            (one, picture),
+            (every, with_kind(picture[0], "depth")[None]),
+            (every, with_kind(picture[0], "pose")[None]),
+        )
+    )
+    assert alone.abs().max() > 0
+    assert all(torch.allclose(alone, other, atol=1e-6) for other in others)
 
 
 def test_batches_hold_the_conditions_of_their_scenes(parts: Path) -> None:
