@@ -68,6 +68,21 @@ def test_again_changes_nothing(checkpoint: Checkpoint) -> None:
     assert (out / "clip" / INDEX).read_text() == before
 
 
+def test_newer_weights_take_the_place_of_those_in_parts(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """CLIP trained on and put together again: its new weights are loaded, and the encoder keeps its own."""
+    out, clip, encoder = checkpoint
+    newer: Any = CLIPModel.from_pretrained(tmp_path / "runs/clip/weights")
+    with torch.no_grad():
+        for parameter in newer.parameters():
+            parameter.add_(0.5)
+    newer.half().float().save_pretrained(tmp_path / "runs/clip/weights")
+    assemble(tmp_path / "runs", out, only="clip")
+    assert not (out / "clip" / WEIGHTS).exists()
+    loaded: Any = CLIPModel.from_pretrained(out / "clip")
+    assert equal(loaded, dict(newer.half().float().state_dict())) and not equal(loaded, clip)
+    assert equal(CLIPVisionModelWithProjection.from_pretrained(out / "ip_adapter/image_encoder"), encoder)
+
+
 def test_a_file_with_tensors_of_its_own_is_not_shared(checkpoint: Checkpoint) -> None:
     out, clip, _ = checkpoint
     other = out / "other.safetensors"

@@ -2,7 +2,7 @@
 
 A network that was tuned from another stays close to it, so that the difference of each weight needs far fewer bits than
 the weight: it is counted in steps of a 127th of the largest difference of its output. That is half of what float16
-takes, for an error below half a step. The theatre's tuned copies of its UNet ship so. `stored_whole` writes such a
+takes, for an error of half a step at most. The theatre's tuned copies of its UNet ship so. `stored_whole` writes such a
 network as diffusers loads it.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controlroom.backbones.completeness import check_keys
 from controlroom.backbones.model_files import explained, load_strictly, read_json, read_metadata, read_safetensors
 from controlroom.core.errors import ModelError
 from controlroom.core.files import atomic_path
@@ -57,7 +58,7 @@ def write_difference(
             continue
         change = (value.float() - known[key].float()).flatten(1)
         step = change.abs().amax(dim=1, keepdim=True) / _LEVELS
-        counted = torch.where(step > 0, change / step.clamp(min=1e-30), torch.zeros_like(change))
+        counted = change / step.clamp(min=1e-30)  # an output that did not change has no step
         stored[key] = counted.round().to(torch.int8).reshape(value.shape).contiguous()
         stored[key + _STEP] = step.flatten().contiguous()
     about = {
@@ -114,8 +115,6 @@ def load_unet(folder: Path, dtype: torch.dtype | None = None) -> Any:
         ModelError: broken, weights missing or left over, or the base of a difference is not there.
     """
     from diffusers import UNet2DConditionModel
-
-    from controlroom.backbones.completeness import check_keys
 
     precision = dtype or torch.float32
     if is_difference(folder):

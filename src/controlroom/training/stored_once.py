@@ -34,10 +34,8 @@ def store_once(folder: Path, shared: Path, own: str = "model-own.safetensors") -
     """
     files = weight_files(folder)
     held = {key: file for file in files for key in _keys(file)}
-    theirs, tensors = (
-        load_file(str(shared)),
-        {key: value for file in files for key, value in load_file(str(file)).items()},
-    )
+    theirs = load_file(str(shared))
+    tensors = {key: value for file in files for key, value in load_file(str(file)).items()}
     both = {key for key, value in theirs.items() if key in tensors and torch.equal(tensors[key], value)}
     if not both or len(both) < len(theirs) or shared in files:
         return []
@@ -77,7 +75,8 @@ def split_off(folder: Path, keys: set[str], name: str) -> Path | None:
 def weight_files(folder: Path) -> list[Path]:
     """The files of a network's weights, those in neighbouring folders too."""
     index = folder / INDEX
-    if not index.is_file():
+    # A whole file beside an index was copied there after it: newer weights, of which the index does not know.
+    if not index.is_file() or (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     names = json.loads(index.read_text())["weight_map"].values()
     return [Path(os.path.normpath(folder / name)) for name in sorted(set(names))]
