@@ -87,7 +87,7 @@ class AllShown:
         found: list[dict[str, dict[str, float | None]]] = [{} for _ in shown]
         for arm in shown[0].pictures:
             # A square is one column here: what is in it stands anywhere.
-            parts = [columns_of(one.pictures[arm], max(1, width_of(one.pictures[arm]))) for one in shown]
+            parts = [columns_of(one.pictures[arm], squares_in(one.pictures[arm])) for one in shown]
             answers = iter(self.reader.read([part for each in parts for part in each]))
             for row, one, each in zip(found, shown, parts, strict=True):
                 props, reads = one.case.truth.props, [next(answers) for _ in each]
@@ -102,9 +102,9 @@ def in_order(scene: Scene) -> list[Prop]:
     return sorted(scene.props, key=lambda prop: prop.x)
 
 
-def width_of(picture: Image.Image) -> int:
-    """How many squares of its height stand side by side in a picture."""
-    return picture.width // picture.height
+def squares_in(picture: Image.Image) -> int:
+    """How many squares of its height stand side by side in a picture; at least 1."""
+    return max(1, picture.width // picture.height)
 
 
 def columns_of(picture: Image.Image, count: int) -> list[Image.Image]:
