@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +15,15 @@ from safetensors.torch import load_file
 from controlroom.controls.pose.appearance import AppearanceControl
 from controlroom.controls.spatial.controlnet import ControlNet
 from controlroom.data.theatre import vocabulary as v
+from controlroom.data.theatre.paint import Part
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import Dice
-from controlroom.data.theatre.truth import keypoints
+from controlroom.data.theatre.truth import keypoints, maps
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.loop import train
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipes.theatre_appearance import TheatreAppearance
-from controlroom.training.recipes.theatre_pairs import EMPTY_SHARE, pair_of, pair_words, skeleton_map
+from controlroom.training.recipes.theatre_pairs import EMPTY_SHARE, FOCUS, focus_map, pair_of, pair_words, skeleton_map
 from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
 from controlroom.training.recipes.theatre_unet import noise_schedule
 from controlroom.training.settings import TrainSettings
@@ -140,6 +142,26 @@ def test_pose_learns_beside_a_writer_that_stays(
     seen = recipe.predict(batch, noisy, t)
     recipe.reader = None
     assert seen.requires_grad and (seen - recipe.predict(batch, noisy, t)).abs().max() > 1e-3
+
+
+def test_appearance_learns_beside_a_controlnet_that_stays(parts: Path, cache: Path, tmp_path: Path) -> None:
+    net, writer = trained(pose(parts, cache), tmp_path / "pose"), parts / "unet"
+    recipe = pose(parts, cache, controlnet_folder=net, appearance_folder=writer, learns="appearance")
+    assert set(recipe.modules()) == {"writer"}
+    weights = trained(recipe, tmp_path / "run")
+    stays, kept = (load_file(f / "diffusion_pytorch_model.safetensors") for f in (net, weights / "pose"))
+    assert all(torch.equal(stays[k], kept[k]) for k in kept)
+    batch, rng = recipe.batch([0, 1], 0), StepRandom(0, 0, [0, 1])
+    focused = recipe.loss(batch, 0, rng).total
+    assert focused != recipe.loss(dataclasses.replace(batch, focus=None), 0, rng).total
+
+
+def test_errors_count_most_at_the_head() -> None:
+    scene = pair_of(0).target
+    found, weight = maps(scene), focus_map(scene)[0].numpy()
+    assert (weight[found.mask(0, Part.HAIR, Part.HEAD, Part.HAT)] == FOCUS["head"]).all()
+    legs = weight[found.mask(0, Part.RIGHT_LEG, Part.LEFT_LEG)]
+    assert np.allclose(legs, FOCUS["puppet"]) and np.isclose(weight[0, 0], FOCUS["place"])
 
 
 def test_samples_without_reference_do_not_see_it(parts: Path, cache: Path, tmp_path: Path) -> None:

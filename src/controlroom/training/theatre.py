@@ -81,7 +81,7 @@ def _pose() -> Recipe[Any]:
     return TheatrePoseControlNet(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
 
 
-def _retarget(learns: Literal["both", "pose", "pose_blocks"]) -> Recipe[Any]:
+def _retarget(learns: Literal["both", "pose", "pose_blocks", "appearance"]) -> Recipe[Any]:
     from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
 
     return TheatrePoseControlNet(
@@ -195,8 +195,9 @@ def _depth2img() -> Recipe[Any]:
     return TheatreDepth2Img(*_trained_parts(), RUNS / "latents", scenes=SCENES)
 
 
-_RETARGET: tuple[tuple[str, Literal["both", "pose", "pose_blocks"], int], ...] = (
+_RETARGET: tuple[tuple[str, Literal["both", "pose", "pose_blocks", "appearance"], int], ...] = (
     ("retarget", "both", 200_000),
+    ("retarget_appearance", "appearance", 100_000),
     ("retarget_pose", "pose", 100_000),
     ("retarget_pose_blocks", "pose_blocks", 100_000),
 )

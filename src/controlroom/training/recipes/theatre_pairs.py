@@ -1,4 +1,8 @@
-"""Pairs of one puppet in two poses, as what retargeting learns from: cached latents, words, skeletons, and the loss."""
+"""Pairs of one puppet in two poses, as what retargeting learns from: cached latents, words, skeletons, and the loss.
+
+Who somebody is shows in a small part of the picture: a head is a fifteenth of it, and its hat less. Where `focused`,
+errors there count more, and those of the place, which is soon learned, less.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,12 @@ from torch import Tensor
 from controlroom.core.pose import Pose
 from controlroom.data.theatre import vocabulary as v
 from controlroom.data.theatre.captions import article, full_caption, training_caption
+from controlroom.data.theatre.holes import grown
+from controlroom.data.theatre.paint import Part
 from controlroom.data.theatre.pairs import Pair, sample_pair
 from controlroom.data.theatre.render import render
-from controlroom.data.theatre.scene import CANVAS, Dice, Scene
-from controlroom.data.theatre.truth import keypoints
+from controlroom.data.theatre.scene import CANVAS, Dice, Puppet, Scene
+from controlroom.data.theatre.truth import keypoints, maps
 from controlroom.signals.pose.skeleton import draw_skeleton
 from controlroom.training.latent_cache import LatentCache, cache_key
 from controlroom.training.randomness import StepRandom
@@ -30,6 +36,10 @@ MOVED_SHARE = 0.35
 EMPTY_SHARE = 0.8
 """Of the pairs in one place, those without any words: the reference alone must carry the place."""
 HELD_OUT_PAIRS = 16
+FOCUS = {"place": 0.1, "puppet": 0.6, "head": 1.0}
+"""How much an error counts in each part of the target, where the loss is focused."""
+HEAD_MARGIN = 5
+"""Pixels around the head that count as it: where a hat would be."""
 
 Predict = Callable[["PairBatch", Tensor, Tensor], Tensor]
 """Batch, noisy target latents and timesteps -> predicted noise."""
@@ -37,12 +47,16 @@ Predict = Callable[["PairBatch", Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PairBatch:
-    """``source`` and ``target`` [B, 4, 16, 16], scaled; ``ids`` [B, 77]; ``skeleton`` [B, 3, 128, 128] in [0, 1]."""
+    """``source`` and ``target`` [B, 4, 16, 16], scaled; ``ids`` [B, 77]; ``skeleton`` [B, 3, 128, 128] in [0, 1].
+
+    ``focus`` [B, 1, 128, 128] in [0, 1] is how much errors of the target count; None: all the same.
+    """
 
     source: Tensor
     target: Tensor
     ids: Tensor
     skeleton: Tensor
+    focus: Tensor | None = None
 
 
 def pair_of(index: int) -> Pair:
@@ -67,6 +81,16 @@ def skeleton_map(scene: Scene) -> Tensor:
     return torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1)
 
 
+def focus_map(scene: Scene) -> Tensor:
+    """[1, 128, 128] in [0, 1]: `FOCUS` of the place, of the scene's first puppet, and of its head."""
+    index = next(i for i, actor in enumerate(scene.actors) if isinstance(actor, Puppet))
+    found = maps(scene)
+    weight = np.full((CANVAS, CANVAS), FOCUS["place"], dtype=np.float32)
+    weight[found.mask(index)] = FOCUS["puppet"]
+    weight[grown(found.mask(index, Part.HAIR, Part.HEAD, Part.HAT), HEAD_MARGIN)] = FOCUS["head"]
+    return torch.from_numpy(weight)[None]
+
+
 class Pairs:
     """Training pairs 0 to ``count`` - 1 and a few held-out ones, with the loss that both stages share.
 
@@ -75,10 +99,19 @@ class Pairs:
         cache_folder: where latents are kept.
         count: number of training pairs; two latents each.
         skeletons: whether batches hold drawn skeletons (else zeros).
+        focused: whether errors count as `focus_map` says (else all the same).
     """
 
-    def __init__(self, vae_folder: Path, clip_folder: Path, cache_folder: Path, count: int, skeletons: bool) -> None:
-        self.count, self.skeletons = count, skeletons
+    def __init__(
+        self,
+        vae_folder: Path,
+        clip_folder: Path,
+        cache_folder: Path,
+        count: int,
+        skeletons: bool,
+        focused: bool = False,
+    ) -> None:
+        self.count, self.skeletons, self.focused = count, skeletons, focused
         self.vae: Any = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
         self.conditioner = Conditioner(clip_folder)
         self.objective = theatre_objective()
@@ -109,7 +142,8 @@ class Pairs:
         pairs = [pair_of(index) for index in indices]
         texts = [words(pair, Dice("pair words", index, step)) for pair, index in zip(pairs, indices, strict=True)]
         source, target = (self.cache.read([2 * index + side for index in indices]) for side in (0, 1))
-        return PairBatch(source, target, self.conditioner.ids(texts), self._maps(pairs))
+        focus = torch.stack([focus_map(pair.target) for pair in pairs]) if self.focused else None
+        return PairBatch(source, target, self.conditioner.ids(texts), self._maps(pairs), focus)
 
     def _maps(self, pairs: Sequence[Pair]) -> Tensor:
         if not self.skeletons:
@@ -117,9 +151,9 @@ class Pairs:
         return torch.stack([skeleton_map(pair.target) for pair in pairs])
 
     def loss(self, batch: PairBatch, rng: StepRandom, predict: Predict) -> tuple[Tensor, Tensor]:
-        """Error of the predicted noise, weighted by min(SNR, 5) / SNR (arXiv 2303.09556); and unweighted."""
+        """Error of the predicted noise, weighted by min(SNR, 5) / SNR (arXiv 2303.09556); and without that weight."""
         drawn = self.objective.draw(batch.target, rng)
-        each = self.objective.errors(predict(batch, drawn.latents, drawn.t), drawn)
+        each = self.objective.errors(predict(batch, drawn.latents, drawn.t), drawn, batch.focus)
         return (each * drawn.weight).mean(), each.detach().mean()
 
     @torch.no_grad()

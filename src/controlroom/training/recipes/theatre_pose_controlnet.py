@@ -4,9 +4,10 @@ Alone: a copy of the frozen UNet's encoder learns to read skeletons, half of the
 of MagicPose (arXiv 2311.12052): ControlNet and writer learn jointly, so that the pose comes from one and the looks from
 the other; a few samples are without the reference, so that the ControlNet also works alone and in unconditional rows.
 Beside a writer that stays as it is, the ControlNet learns alone, or only its blocks that the pose goes through on its
-way in and out: the embedding of the condition and the zero convolutions.
+way in and out: the embedding of the condition and the zero convolutions. Beside a ControlNet that stays, the writer
+learns alone, with errors of the person, above all of the head, counting more than those of the place.
 
-Deviations: a narrower embedding of the condition; the loss is weighted by min(SNR, 5) / SNR.
+Deviations: a narrower embedding of the condition; the loss is weighted by min(SNR, 5) / SNR; that focus on the person.
 """
 
 from __future__ import annotations
@@ -29,16 +30,24 @@ from controlroom.data.theatre.vocabulary import WORLD_VERSION
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipes.theatre_controlnet import new_controlnet
-from controlroom.training.recipes.theatre_pairs import EMPTY_SHARE, MOVED_SHARE, PairBatch, Pairs, pair_words
+from controlroom.training.recipes.theatre_pairs import (
+    EMPTY_SHARE,
+    FOCUS,
+    HEAD_MARGIN,
+    MOVED_SHARE,
+    PairBatch,
+    Pairs,
+    pair_words,
+)
 
 ALONE_SHARE = 0.15
-"""Samples of joint training that do not see the reference."""
+"""Samples of a ControlNet that learns beside a writer that do not see the reference."""
 WORDLESS_SHARE = 0.5
 """Samples of the ControlNet alone that have an empty prompt, as published."""
 
 
-Learns = Literal["both", "pose", "pose_blocks"]
-"""What moves beside a writer: both networks, the ControlNet, or those of its blocks that the pose goes through."""
+Learns = Literal["both", "pose", "pose_blocks", "appearance"]
+"""What moves of a writer and a ControlNet: both, the ControlNet, its blocks that the pose goes through, the writer."""
 
 
 def target_words(pair: Pair, dice: Dice) -> str:
@@ -55,7 +64,7 @@ class TheatrePoseControlNet:
         pairs: number of training pairs.
         controlnet_folder: ControlNet to start from; None: from the UNet.
         appearance_folder: writer to train beside; None: the ControlNet alone.
-        learns: what moves beside a writer.
+        learns: what moves where there is a writer.
 
     Exported are a ControlNet's folder, or, beside a writer, the folders ``pose`` and ``appearance``.
     """
@@ -73,7 +82,10 @@ class TheatrePoseControlNet:
         appearance_folder: Path | None = None,
         learns: Learns = "both",
     ) -> None:
-        self.pairs = Pairs(vae_folder, clip_folder, cache_folder, pairs, skeletons=True)
+        self.learns: Learns = learns if appearance_folder is not None else "pose"
+        self._reads = self.learns in ("both", "appearance")  # whether the writer learns
+        focused = self.learns == "appearance"
+        self.pairs = Pairs(vae_folder, clip_folder, cache_folder, pairs, skeletons=True, focused=focused)
         self.dataset_size: int | None = pairs
         self.unet: Any = UNet2DConditionModel.from_pretrained(unet_folder).eval().requires_grad_(False)
         if controlnet_folder is None:
@@ -81,11 +93,11 @@ class TheatrePoseControlNet:
             self.controlnet: Any = new_controlnet(self.unet, halvings)
         else:
             self.controlnet = ControlNetModel.from_pretrained(controlnet_folder)
-        self.learns: Learns = learns if appearance_folder is not None else "pose"
-        self.controlnet.requires_grad_(self.learns != "pose_blocks")
-        net = self.controlnet
-        for part in (net.controlnet_cond_embedding, net.controlnet_down_blocks, net.controlnet_mid_block):
-            part.requires_grad_(True)
+        self.controlnet.requires_grad_(self.learns in ("both", "pose"))
+        if self.learns == "pose_blocks":
+            net = self.controlnet
+            for part in (net.controlnet_cond_embedding, net.controlnet_down_blocks, net.controlnet_mid_block):
+                part.requires_grad_(True)
         self.writer: Any = None if appearance_folder is None else load_writer(appearance_folder, self.unet)
         for net in (self.unet, self.controlnet, self.writer):
             if net is not None:
@@ -93,20 +105,25 @@ class TheatrePoseControlNet:
                 net.set_attn_processor(AttnProcessor())
         self.reader: ReferenceWriter | None = None
         if self.writer is not None:
-            self.writer.requires_grad_(self.learns == "both")
+            self.writer.requires_grad_(self._reads)
             self.reader = ReferenceWriter(self.writer, self_attention_layers(self.unet))
 
     def modules(self) -> dict[str, nn.Module]:
-        together = {"writer": self.writer} if self.learns == "both" else {}
-        return {"controlnet": self.controlnet, **together}
+        return self._networks(learning=True)
+
+    def _networks(self, *, learning: bool) -> dict[str, nn.Module]:
+        """Those of ControlNet and writer that learn, or those that stay."""
+        found = {"controlnet": (self.controlnet, self.learns != "appearance"), "writer": (self.writer, self._reads)}
+        return {name: net for name, (net, learns) in found.items() if net is not None and learns == learning}
 
     def frozen(self) -> dict[str, nn.Module]:
-        beside = {} if self.writer is None or self.learns == "both" else {"writer": self.writer}
+        beside = self._networks(learning=False)
         return {"unet": self.unet, "text_encoder": self.pairs.conditioner.encoder, "vae": self.pairs.vae, **beside}
 
     def fingerprint(self) -> str:
         shares = f"moved={MOVED_SHARE} empty={WORDLESS_SHARE if self.writer is None else EMPTY_SHARE}"
         learns = "" if self.learns == "both" else f" {self.learns}"
+        learns += f" focus={FOCUS} {HEAD_MARGIN}" if self.pairs.focused else ""
         together = "" if self.writer is None else f" together alone={ALONE_SHARE}{learns}"
         return f"{WORLD_VERSION} pairs={self.pairs.count} {shares}{together}"
 
@@ -119,7 +136,7 @@ class TheatrePoseControlNet:
         down, mid = self.controlnet(noisy, t, tokens, controlnet_cond=batch.skeleton, return_dict=False)
         context = nullcontext()
         if self.reader is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns == "both"):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self._reads):
                 bank = self.reader.encode(batch.source, self.pairs.empty(len(noisy)))
             context = joined(self.unet, bank, keep)
         with context:
@@ -128,7 +145,9 @@ class TheatrePoseControlNet:
             ).sample
 
     def loss(self, batch: PairBatch, step: int, rng: StepRandom) -> Losses:
-        keep = None if self.reader is None else rng.uniform("alone") >= ALONE_SHARE
+        # A writer that learns alone would learn nothing from a sample without it.
+        alone = self.reader is not None and self.learns != "appearance"
+        keep = rng.uniform("alone") >= ALONE_SHARE if alone else None
 
         def predict(batch: PairBatch, noisy: Tensor, t: Tensor) -> Tensor:
             return self.predict(batch, noisy, t, keep)
