@@ -267,6 +267,20 @@ def test_start_from_continues_the_sample_counter(tmp_path: Path) -> None:
     assert again.finished and again.samples == 52
 
 
+def test_start_from_that_changes_what_is_frozen_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    first = train(ToyRecipe(), toy_settings(tmp_path / "a"))
+
+    class Overwrites(ToyRecipe):
+        def load(self, folder: Path) -> None:
+            super().load(folder)
+            self.fixed.weight.data.add_(1)
+
+    recipe = Overwrites()
+    with pytest.raises(ModelError, match="changed a frozen module"):
+        train(recipe, toy_settings(tmp_path / "b", start_from=first.weights))
+    assert not recipe.seen and not (tmp_path / "b" / "weights").exists()
+
+
 def test_each_epoch_shows_everything_once(tmp_path: Path) -> None:
     recipe = ToyRecipe()
     train(recipe, toy_settings(tmp_path))

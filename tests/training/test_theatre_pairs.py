@@ -151,6 +151,12 @@ def test_appearance_learns_beside_a_controlnet_that_stays(parts: Path, cache: Pa
     weights = trained(recipe, tmp_path / "run")
     stays, kept = (load_file(f / "diffusion_pytorch_model.safetensors") for f in (net, weights / "pose"))
     assert all(torch.equal(stays[k], kept[k]) for k in kept)
+    again = pose(parts, cache, appearance_folder=writer, learns="appearance")
+    before = {k: p.clone() for k, p in again.controlnet.state_dict().items()}
+    again.load(weights)  # only what learns
+    assert all(torch.equal(before[k], p) for k, p in again.controlnet.state_dict().items())
+    pairs = zip(again.writer.parameters(), recipe.writer.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     batch, rng = recipe.batch([0, 1], 0), StepRandom(0, 0, [0, 1])
     focused = recipe.loss(batch, 0, rng).total
     assert focused != recipe.loss(dataclasses.replace(batch, focus=None), 0, rng).total

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from controlroom.backbones.bases import BASES
-from controlroom.backbones.completeness import check_keys
+from controlroom.backbones.differences import load_network
 from controlroom.backbones.model_files import explained, read_safetensors
 from controlroom.core.errors import ModelError
 
@@ -51,11 +51,7 @@ def load_controlnet(path: Path, unet: Any) -> Any:
     # A file of diffusers' name next to its configuration is that folder.
     whole = path.name.startswith("diffusion_pytorch_model") and (folder / "config.json").is_file()
     if path.is_dir() or whole:
-        net = explained(
-            str(folder),
-            lambda: diffusers.ControlNetModel.from_pretrained(str(folder), use_safetensors=True, local_files_only=True),
-        )
-        check_keys(net, folder)
+        net = load_network(diffusers.ControlNetModel, folder)
     else:
         net = controlnet_from_tensors(read_safetensors(path), unet, str(path))
     check_controlnet(net, unet, str(path))

@@ -27,6 +27,7 @@ PARTS = {
     "pose": "pose",
     "appearance": "appearance",
     "retarget": ".",  # the joint stage, which writes both over
+    "retarget_appearance": ".",  # the last leg, beside that stage's ControlNet
     "controlnet_multi": "multi",
     "t2i_adapter_pose": "t2i_adapter_pose",
     "uni_local": "uni_controlnet/local",
@@ -36,8 +37,8 @@ PARTS = {
     "inpaint": "inpaint",
     "depth2img": "depth2img",
 }
-#: Parts that are copies of the UNet, tuned whole.
-TUNED = ("appearance", "instruct_pix2pix", "inpaint", "depth2img")
+#: Parts that are copies of the UNet or of its encoder, tuned whole. Not ``pose``: diffusers shall load it as it is.
+TUNED = ("appearance", "instruct_pix2pix", "inpaint", "depth2img", "multi")
 
 
 def assemble(runs: Path, target: Path, only: str | None = None) -> list[Path]:
@@ -105,7 +106,7 @@ def _text_encoder(target: Path) -> list[Path]:
 
 
 def _as_differences(target: Path) -> list[Path]:
-    """Tuned copies of the UNet are stored as their difference from it."""
+    """Tuned copies of the UNet, or of its encoder, are stored as their difference from it."""
     base, written = target / "unet" / WHOLE, list[Path]()
     for folder in (target / name for name in TUNED):
         whole = folder / WHOLE

@@ -145,6 +145,11 @@ class _Run:
                 raise ResumeError(f"start_from is {settings.start_from}, but recipe {recipe.name!r} has no load().")
             self.start_samples = samples_seen(settings.start_from)
             recipe.load(settings.start_from)
+            if set(processes.all_say(modules_hash(self.frozen))) != {self.frozen_hash}:
+                raise ModelError(
+                    f"start_from={settings.start_from} changed a frozen module ({', '.join(self.frozen)}) of recipe "
+                    f"{recipe.name!r}, which a resumed run would not have. Make the recipe with that module's weights."
+                )
         self.total_steps = settings.steps_from(self.start_samples)
         self.identity = identity_of(recipe, settings.trajectory(self.start_samples), self.parameters, self.frozen_hash)
 

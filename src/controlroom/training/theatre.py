@@ -84,12 +84,14 @@ def _pose() -> Recipe[Any]:
 def _retarget(learns: Literal["both", "pose", "pose_blocks", "appearance"]) -> Recipe[Any]:
     from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
 
+    # The writer alone goes on where the joint stage ended.
+    start = RUNS / "retarget/weights" if learns == "appearance" else None
     return TheatrePoseControlNet(
         *_trained_parts(),
         RUNS / "latents",
         pairs=PAIRS,
-        controlnet_folder=RUNS / "pose/weights",
-        appearance_folder=RUNS / "appearance/weights",
+        controlnet_folder=start / "pose" if start else RUNS / "pose/weights",
+        appearance_folder=start / "appearance" if start else RUNS / "appearance/weights",
         learns=learns,
     )
 

@@ -175,17 +175,27 @@ class Gligen(Control):
         if part == "norm1":
             memory.inputs[block] = call.input
             return None
-        given, found = memory.inputs.pop(block), call.hidden.clone()
-        for name in call.reached(self):
-            rows = call.rows(name)
-            x = given[rows] + call.hidden[rows]
-            objects = self._objects(call.step, memory, name).to(x)
-            objects = objects.repeat(len(x) // len(objects), 1, 1)
-            added = self.scale * (memory.fusers[block](x, objects) - x)
-            if memory.mask is not None:
-                added = added * memory.mask.tokens(name, x.shape[1])[..., None].to(x)
-            found[rows] = found[rows] + added
-        return found
+        names, given = call.reached(self), memory.inputs.pop(block)
+        if not names:
+            return None
+        # All rows in one pass: the layer is small, and a pass for each branch takes longer than its numbers.
+        rows = torch.cat([torch.arange(*call.rows(name).indices(call.layout.total)) for name in names]).to(given.device)
+        every = len(rows) == call.layout.total
+        change = call.hidden if every else call.hidden[rows]
+        x = change + (given if every else given[rows])
+        added = self.scale * (memory.fusers[block](x, self._all_objects(call, memory, names).to(x)) - x)
+        if memory.mask is not None:
+            seen = torch.cat([memory.mask.tokens(name, x.shape[1]) for name in names])
+            added = added * seen[..., None].to(x)
+        found = change + added
+        return found if every else call.hidden.index_copy(0, rows, found)
+
+    def _all_objects(self, call: FeatureCall, memory: _Memory, names: tuple[str, ...]) -> torch.Tensor:
+        """[rows, 30, width]: tokens of the boxes for the rows of these branches."""
+        found = [self._objects(call.step, memory, name) for name in names]
+        return torch.cat(
+            [tokens.repeat(call.layout.size(n) // len(tokens), 1, 1) for n, tokens in zip(names, found, strict=True)]
+        )
 
     def _objects(self, step: Step, memory: _Memory, name: str) -> torch.Tensor:
         """[1, or a row for each of the branch's views and images, 30, width]: tokens of the boxes, or of none."""

@@ -171,7 +171,9 @@ class TheatrePoseControlNet:
             self.writer.save_pretrained(folder / "appearance")
 
     def load(self, folder: Path) -> None:
-        place = folder if self.writer is None else folder / "pose"
-        self.controlnet.load_state_dict(ControlNetModel.from_pretrained(place).state_dict())
-        if self.writer is not None:
+        """Only what learns: what stays is what the recipe was made with."""
+        if self.learns != "appearance":
+            place = folder if self.writer is None else folder / "pose"
+            self.controlnet.load_state_dict(ControlNetModel.from_pretrained(place).state_dict())
+        if self.writer is not None and self._reads:
             self.writer.load_state_dict(load_writer(folder / "appearance", self.unet).state_dict())
