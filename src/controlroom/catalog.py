@@ -106,8 +106,9 @@ SYSTEMS: tuple[System, ...] = (
         no_neutral=_TASK,
         proof="the run it builds, its poses of every kind and its files, on tiny random weights; scales of 0 are a run "
         "of words alone",
-        effect="n=48: PCK@0.2 95.7 % [91.2, 98.4]; colour of the top kept in 95.8 %, pattern 93.8, skin 93.8, lower "
-        "colour 89.6, hair colour 75.0 (reference-only: 70.8, 66.7, 66.7, 45.8, 25.0), the place in 60.4 (100)",
+        effect="n=300: PCK@0.2 98.5 %; of nine attributes of the person top colour 99.3 %, lower colour 98.3, skin "
+        "97.7, pattern 96.3, hair length 92.7, lower garment 90.3, hair colour 89.3, kind of top 88.3, hat "
+        "73.3 (reference-only: 38.7 to 70.7); the place 98.7",
     ),
     System(
         number=2,
@@ -193,6 +194,8 @@ SYSTEMS: tuple[System, ...] = (
         neutral=SCALE_0,
         proof="parity with diffusers' StableDiffusionControlNetPipeline and StableDiffusionXLControlNetPipeline, one "
         "and several, also from pictures and with inpainting",
+        effect="theatre/multi, n=16 for each kind: pose PCK@0.2 0.983 (no control 0.354), depth 0.904 (0.724), "
+        "normals 9.0 degrees (19.3), parts IoU 0.578 (0.349), edges F1 0.530 to 0.763 (0.352 to 0.505)",
     ),
     System(
         number=7,
@@ -205,6 +208,8 @@ SYSTEMS: tuple[System, ...] = (
         status="working",
         neutral=SCALE_0,
         proof="transcription of the community pipeline's equations in the test",
+        effect="n=16: colours taken over in 0.609, structure 0.214 (pose ControlNet + IP-Adapter: 0.453, 0.432); "
+        "beside a pose ControlNet, n=300, the person's attributes 38.7 to 70.7 %",
     ),
     System(
         number=8,
@@ -237,6 +242,8 @@ SYSTEMS: tuple[System, ...] = (
         neutral="start_step=num_inference_steps",
         proof="transcription of the published attention edit, with and without masks, that materialises probabilities, "
         "in the test",
+        effect="n=64: pose changed in 59.4 % (prompted again: 62.5), identity kept 0.928, 3.0 points [1.4, 4.6] "
+        "more than prompted again",
     ),
     System(
         number=10,
@@ -378,6 +385,8 @@ SYSTEMS: tuple[System, ...] = (
         status="working",
         neutral="structure=None, appearance=None",
         proof="transcription of the published feature and attention injection in the test",
+        effect="n=16, layers of the latents' size: structure IoU 0.393 (pose ControlNet + IP-Adapter: 0.432), "
+        "colours taken over 0.344 (0.453)",
     ),
     System(
         number=19,
@@ -390,6 +399,7 @@ SYSTEMS: tuple[System, ...] = (
         status="working",
         neutral="start=end",
         proof="transcription of the published attention, guidance and edit-friendly steps in the test",
+        effect="n=16: colours taken over in 0.844 (pose ControlNet + IP-Adapter: 0.453), structure IoU 0.298 (0.432)",
     ),
     System(
         number=20,
@@ -404,6 +414,8 @@ SYSTEMS: tuple[System, ...] = (
         status="working",
         no_neutral=_TASK,
         proof="parity with diffusers' StableDiffusionControlNetImg2ImgPipeline",
+        effect="n=8: half precision, UniPC in 20 steps and estimated depth cost next to nothing; without depth it "
+        "falls from 0.874 to 0.784",
     ),
     System(
         number=21,
@@ -490,6 +502,7 @@ SYSTEMS: tuple[System, ...] = (
         no_neutral="its checkpoint has eight input channels and needs the picture",
         proof="parity with diffusers' StableDiffusionInstructPix2PixPipeline and "
         "StableDiffusionXLInstructPix2PixPipeline",
+        effect="n=64: instruction followed 67.2 % [55.0, 77.4], outside 22.1 dB [20.8, 23.4]",
     ),
     System(
         number=27,
@@ -521,6 +534,7 @@ SYSTEMS: tuple[System, ...] = (
         status="working",
         neutral="step_size=0",
         proof="parity with diffusers' StableDiffusionAttendAndExcitePipeline",
+        effect="n=64: 8.2 % [3.2, 19.2] of the failures on two objects repaired",
     ),
     System(
         number=29,
@@ -533,8 +547,7 @@ SYSTEMS: tuple[System, ...] = (
         status="working",
         neutral="edits=[]",
         proof="parity with diffusers' SemanticStableDiffusionPipeline",
-        effect="one attribute changed, n=72, not tuned: it appears in 47.2 % [36.1, 58.6] (prompted again: 97.2), the "
-        "others stay in 92.6 % [90.4, 94.6] (prompted again: 89.8)",
+        effect="n=64: the attribute appears in 85.9 % [75.4, 92.4], the others stay in 89.9 % [87.3, 92.4]",
     ),
     System(
         number=30,
@@ -547,6 +560,7 @@ SYSTEMS: tuple[System, ...] = (
         status="working",
         neutral=SCALE_0,
         proof="parity with diffusers' StableDiffusionSAGPipeline",
+        effect="n=64: Frechet distance as without, attributes 0.7 points [-1.9, 0.5] fewer",
     ),
     System(
         number=31,
@@ -575,6 +589,8 @@ SYSTEMS: tuple[System, ...] = (
         neutral="one window over the whole picture",
         proof="parity with diffusers' StableDiffusionPanoramaPipeline, also seamless; regions and bootstrapping "
         "against the published loop, written out in the test",
+        effect="4:1, n=6: seam 1.19 (1: none), 1.08 puppets in each width; two regions, n=24: right in 0.521 (the "
+        "caption alone 0.708)",
     ),
     System(
         number=33,
@@ -606,6 +622,7 @@ SYSTEMS: tuple[System, ...] = (
         neutral=SCALE_0,
         proof="transcriptions of A1111's rules and numbers that compel 2.5.1 gave, on tiny random weights; diffusers' "
         "pipelines given the transcription's embeddings; any text is read and written again, or refused with a place",
+        effect="n=48, on an earlier checkpoint: right in 77.1, 91.7, 93.8, 93.8, 89.6 % at weights 0.5 to 1.5",
     ),
     System(
         number=35,
@@ -618,8 +635,8 @@ SYSTEMS: tuple[System, ...] = (
         status="working",
         neutral="cross_replace=0, self_replace=0",
         proof="transcription of the published edit that materialises probabilities, in the test",
-        effect="one colour swapped, n=72: made in 95.8 % [88.5, 98.6] (prompted again: 97.2); outside of it 4.3 dB "
-        "[3.5, 5.0] nearer to the source than prompting again",
+        effect="n=64: one colour swapped in 96.9 % [89.3, 99.1], outside 8.9 dB [8.2, 9.7] nearer to the source "
+        "than prompting again",
     ),
     System(
         number=36,
@@ -640,8 +657,8 @@ SYSTEMS: tuple[System, ...] = (
         no_neutral=_PROGRAM,
         proof="parity with diffusers' DDIMInverseScheduler (bit for bit) and StableDiffusionPix2PixZeroPipeline.invert;"
         " transcription of the published null-text optimisation and of editing from it, in the test",
-        effect="n=8: null-text comes back 0.2 dB [0.1, 0.3] below the autoencoder, guided DDIM 12.1 dB, DDIM without "
-        "guidance 2.6 dB, regularised 7.4 dB",
+        effect="n=8, on an earlier checkpoint: null-text comes back 0.2 dB [0.1, 0.3] below the autoencoder, "
+        "guided DDIM 12.1 dB, DDIM without guidance 2.6 dB, regularised 7.4 dB",
     ),
     System(
         number=37,
@@ -686,6 +703,7 @@ SYSTEMS: tuple[System, ...] = (
         status="working",
         neutral=SCALE_0,
         proof="transcription of the published shared attention, AdaIN and norms in the test",
+        effect="n=24: no set takes over the style (0 %); colours and background come over, strokes do not",
     ),
     System(
         number=40,
@@ -780,6 +798,7 @@ SYSTEMS: tuple[System, ...] = (
         neutral="base_ratio=1",
         proof="transcription of the published code's regional cross-attention, and of the paper's joined latents, in "
         "the test",
+        effect="three objects, n=16: all right in 68.8 % by attention (the caption alone: 0); two regions, n=24: 0.646",
     ),
     System(
         number=46,
@@ -793,6 +812,7 @@ SYSTEMS: tuple[System, ...] = (
         neutral=SCALE_0,
         proof="gradients of the published energies against their closed forms; a run against a loop that is written "
         "out, on tiny random weights",
+        effect="n=48: shift reached in 29.2 % [14.9, 49.2], size in none; the rest held 0.908",
     ),
     System(
         number=47,
