@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from controlroom.backbones.adapter_files import recognise, recognise_header
 from controlroom.backbones.bases import SD1, SD2, XL
+from controlroom.backbones.differences import FILE
 from controlroom.backbones.file_header import Header, header_of
 from controlroom.backbones.loading import theatre_folder
 from controlroom.core.errors import ModelError
@@ -208,7 +209,24 @@ def test_networks(channels: int, form: str, control: str) -> None:
 def test_parts_of_a_model() -> None:
     kinds = {part: recognise(tiny_folder() / part).kind for part in ("unet", "vae", "text_encoder")}
     assert kinds == {"unet": "unet", "vae": "autoencoder", "text_encoder": "clip"}
-    assert recognise(theatre_folder() / "appearance").control == "AppearanceControl"
+
+
+def test_networks_that_are_stored_as_differences_are_what_they_are_whole() -> None:
+    folder = theatre_folder()
+    assert recognise(folder / "appearance").control == "AppearanceControl"
+    assert recognise(folder / "multi").kind == "controlnet"
+    found = recognise(folder / "instruct_pix2pix")
+    assert found.control == "InstructPix2Pix" and found.keys == recognise(folder / "unet").keys
+    assert recognise(folder / "instruct_pix2pix" / FILE).name == found.name
+
+
+def test_tensors_with_another_number_of_axes_are_refused() -> None:
+    for weights in (
+        {"conv_in.weight": (36,)},
+        {"conv_in.weight": (64, 4, 3, 3), "down_blocks.0.attn2.to_k.weight": (9,)},
+    ):
+        with pytest.raises(ModelError, match="number of axes|no file that"):
+            recognise_header(tensors(weights))
 
 
 def test_gligen_and_uni_controlnet(tmp_path: Path) -> None:

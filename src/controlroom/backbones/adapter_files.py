@@ -21,6 +21,7 @@ from controlroom.backbones.adapter_families import (
     words_width,
 )
 from controlroom.backbones.bases import base_of
+from controlroom.backbones.differences import FILE, header_of_difference, is_difference
 from controlroom.backbones.file_header import Header, read_header
 from controlroom.backbones.model_files import read_json
 from controlroom.core.errors import ModelError
@@ -74,6 +75,8 @@ def recognise(path: Path, what: str | None = None) -> AdapterKind:
         ModelError: nothing there, a pickle, broken, or unknown; the message lists keys that nothing reads.
     """
     what = what or str(path)
+    if path.name == FILE and path.is_file():  # it means something only in its folder
+        path = path.parent
     return _folder(path, what) if path.is_dir() else recognise_header(replace(read_header(path), what=what))
 
 
@@ -102,7 +105,13 @@ def recognise_header(header: Header) -> AdapterKind:
             left.append(key)
         else:
             groups[part] = groups.get(part, 0) + 1
-    said = family.says(header)
+    try:
+        said = family.says(header)
+    except IndexError as error:
+        raise ModelError(
+            f"{header.what} has the keys of {_article(family.kind)}, but one of its tensors has another number of axes "
+            "than there. Copy it again."
+        ) from error
     if left:
         raise ModelError(
             f"{header.what} looks like {_article(said.name)}, but nothing reads {len(left)} of its "
@@ -139,7 +148,8 @@ def _folder(path: Path, what: str) -> AdapterKind:
             f"{path} holds {len(plain)} .safetensors files{more}, and no model_index.json. Name the file or folder in "
             "it."
         )
-    found = recognise_header(replace(read_header(plain[0]), what=what))
+    header = header_of_difference(path) if is_difference(path) else read_header(plain[0])
+    found = recognise_header(replace(header, what=what))
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     expected = {"ControlNetModel": "controlnet", "T2IAdapter": "t2i_adapter", "UNet2DConditionModel": "unet"}
     kind = expected.get(str(config.get("_class_name")), found.kind)
@@ -171,7 +181,7 @@ def _pipeline(path: Path, index: Mapping[str, object], what: str) -> AdapterKind
             shapes |= read
     header = Header(shapes, dtypes, what=what)
     entry = shapes.get("unet.conv_in.weight")
-    form, control = reads(entry[1] if entry else None)
+    form, control = reads(entry[1] if entry and len(entry) > 1 else None)
     said = f"folder of diffusers ({name}{', ' if form else ''}{form})"
     use = f"cr.Pipeline.from_pretrained({what!r}){used_with(control)}"
     notes = (f"parts: {', '.join(parts)}",)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from controlroom.backbones.completeness import check_keys
+from controlroom.backbones.file_header import Header, read_header
 from controlroom.backbones.model_files import explained, load_strictly, read_json, read_metadata, read_safetensors
 from controlroom.core.errors import ModelError
 from controlroom.core.files import atomic_path
@@ -86,13 +87,7 @@ def read_difference(folder: Path) -> dict[str, Tensor]:
         ModelError: broken, or the network that it is the difference from is not there or has changed.
     """
     about, stored = read_metadata(folder / FILE), read_safetensors(folder / FILE)
-    if "base" not in about or "base_sha256" not in about:
-        raise ModelError(f"{folder / FILE} does not say which network it is the difference from. Copy it again.")
-    base = folder / about["base"]
-    if not base.is_file():
-        raise ModelError(
-            f"{folder} holds only the difference from {base}, which is not there. Copy the whole checkpoint."
-        )
+    base = _base(folder, about)
     if _digest(base) != about["base_sha256"]:
         raise ModelError(
             f"{folder} holds the difference from another version of {base}. Use both from the same checkpoint."
@@ -110,6 +105,38 @@ def read_difference(folder: Path) -> dict[str, Tensor]:
             raise ModelError(f"{folder / FILE} has {key!r} in a form that does not fit {base}. Copy it again.")
         found[key] = known[key].float() + counted.float() * step.reshape(-1, *(1 for _ in counted.shape[1:]))
     return found
+
+
+def header_of_difference(folder: Path) -> Header:
+    """The header that the whole network's file would have; no weight is read.
+
+    Raises:
+        ModelError: broken, or the network that it is the difference from is not there.
+    """
+    own = read_header(folder / FILE)
+    base = _base(folder, own.metadata)
+    known = read_header(base).shapes
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, shape in own.shapes.items():
+        if key.endswith(_STEP):
+            continue
+        counted = key + _STEP in own.shapes
+        if counted and key not in known:
+            raise ModelError(f"{folder / FILE} has {key!r}, which {base} has not. Copy it again.")
+        shapes[key] = known[key] if counted else shape
+    return Header(shapes, own.dtypes, own.metadata, str(folder))
+
+
+def _base(folder: Path, about: Mapping[str, str]) -> Path:
+    """The file that a network is the difference from."""
+    if "base" not in about or "base_sha256" not in about:
+        raise ModelError(f"{folder / FILE} does not say which network it is the difference from. Copy it again.")
+    base = folder / about["base"]
+    if not base.is_file():
+        raise ModelError(
+            f"{folder} holds only the difference from {base}, which is not there. Copy the whole checkpoint."
+        )
+    return base
 
 
 def _coded(counts: Tensor) -> Tensor:
