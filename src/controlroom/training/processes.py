@@ -10,6 +10,7 @@ counts on one call through its wrapper. Started without a launcher there is one 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,10 @@ class Processes:
         from accelerate import PartialState
 
         cpu = torch.device(device).type == "cpu"
+        ours = not torch.distributed.is_initialized()
         state = PartialState(cpu=cpu, timeout=_PATIENCE)
+        if ours and torch.distributed.is_initialized():
+            atexit.register(_leave)
         own = torch.device("cpu") if cpu else torch.device(device.split(":")[0], state.local_process_index)
         return cls(state.process_index, state.num_processes, state.local_process_index, own)
 
@@ -119,6 +123,12 @@ class Processes:
             pieces = flat.split([p.numel() for p in bucket])
             for parameter, gradient, piece in zip(bucket, gradients, pieces, strict=True):
                 parameter.grad = gradient.copy_(piece.view_as(parameter))
+
+
+def _leave() -> None:
+    """Take the group down while the interpreter still stands: gloo's threads, left running, abort the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
