@@ -75,7 +75,7 @@ def test_large_layers_take_a_third(tmp_path: Path) -> None:
     file = write_difference(tmp_path / "tuned", weights, tmp_path / "base.safetensors")
     assert file.stat().st_size < 256 * 512 * 2 / 3
     found = read_difference(tmp_path / "tuned")["layer"]
-    assert (found - weights["layer"]).square().mean().sqrt() < 0.1 * 0.06  # a sixth of a step, evenly spread
+    assert (found - weights["layer"]).square().mean().sqrt() < 0.1 * 0.06  # far within one step
 
 
 def test_an_output_that_did_not_change_stays(tmp_path: Path) -> None:

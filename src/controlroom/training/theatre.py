@@ -12,13 +12,16 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from controlroom.backbones.controlnet import CONDITION_KINDS
 from controlroom.training.hardware import keep_freed_memory
 from controlroom.training.loop import train
 from controlroom.training.recipe import Recipe
 from controlroom.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from controlroom.training.recipes.theatre_pose_controlnet import Learns
 
 RUNS = Path("runs/theatre")
 SCENES = 25_600
@@ -81,17 +84,18 @@ def _pose() -> Recipe[Any]:
     return TheatrePoseControlNet(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
 
 
-def _retarget(learns: Literal["both", "pose", "pose_blocks", "appearance"]) -> Recipe[Any]:
+def _retarget(learns: Learns) -> Recipe[Any]:
     from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
 
-    # The writer alone goes on where the joint stage ended.
-    start = RUNS / "retarget/weights" if learns == "appearance" else None
+    pose, appearance = RUNS / "pose/weights", RUNS / "appearance/weights"
+    if learns == "appearance":  # the writer alone goes on where the joint stage ended
+        pose, appearance = RUNS / "retarget/weights/pose", RUNS / "retarget/weights/appearance"
     return TheatrePoseControlNet(
         *_trained_parts(),
         RUNS / "latents",
         pairs=PAIRS,
-        controlnet_folder=start / "pose" if start else RUNS / "pose/weights",
-        appearance_folder=start / "appearance" if start else RUNS / "appearance/weights",
+        controlnet_folder=pose,
+        appearance_folder=appearance,
         learns=learns,
     )
 
@@ -197,7 +201,7 @@ def _depth2img() -> Recipe[Any]:
     return TheatreDepth2Img(*_trained_parts(), RUNS / "latents", scenes=SCENES)
 
 
-_RETARGET: tuple[tuple[str, Literal["both", "pose", "pose_blocks", "appearance"], int], ...] = (
+_RETARGET: tuple[tuple[str, Learns, int], ...] = (
     ("retarget", "both", 200_000),
     ("retarget_appearance", "appearance", 100_000),
     ("retarget_pose", "pose", 100_000),

@@ -1,8 +1,7 @@
 """Pairs of one puppet in two poses, as what retargeting learns from: cached latents, words, skeletons, and the loss.
 
 Who somebody is shows in a small part of the picture: a head is a fifteenth of it, and its hat less. Where `focused`,
-errors there count more, those of the place, which is soon learned, less, and pairs with a hat, of which there are few,
-are shown twice as often.
+errors there count more, and those of the place, which is soon learned, less.
 """
 
 from __future__ import annotations
@@ -100,10 +99,7 @@ class Pairs:
         cache_folder: where latents are kept.
         count: number of training pairs; two latents each.
         skeletons: whether batches hold drawn skeletons (else zeros).
-        focused: whether errors count as `focus_map` says (else all the same), and pairs with a hat come twice.
-
-    Attributes:
-        numbers: pairs of an epoch.
+        focused: whether errors count as `focus_map` says (else all the same).
     """
 
     def __init__(
@@ -116,7 +112,6 @@ class Pairs:
         focused: bool = False,
     ) -> None:
         self.count, self.skeletons, self.focused = count, skeletons, focused
-        self.numbers = [*range(count), *(i for i in range(count) if focused and _has_hat(pair_of(i)))]
         self.vae: Any = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
         self.conditioner = Conditioner(clip_folder)
         self.objective = theatre_objective()
@@ -143,8 +138,7 @@ class Pairs:
         return self.conditioner(self.conditioner.ids([""])).expand(rows, -1, -1)
 
     def batch(self, indices: Sequence[int], step: int, words: Callable[[Pair, Dice], str] = pair_words) -> PairBatch:
-        """Pairs at these places of the epoch; other words each epoch."""
-        indices = [self.numbers[index] for index in indices]
+        """Pairs of these numbers; other words each epoch."""
         pairs = [pair_of(index) for index in indices]
         texts = [words(pair, Dice("pair words", index, step)) for pair, index in zip(pairs, indices, strict=True)]
         source, target = (self.cache.read([2 * index + side for index in indices]) for side in (0, 1))
@@ -173,10 +167,6 @@ class Pairs:
             )
         batch = self._held_out
         return self.objective.held_out(lambda noisy, t: predict(batch, noisy, t), batch.target)
-
-
-def _has_hat(pair: Pair) -> bool:
-    return pair.target.puppets[0].identity.hat != "none"
 
 
 def _report(done: int, total: int) -> None:

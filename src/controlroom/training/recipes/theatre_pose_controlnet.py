@@ -86,7 +86,7 @@ class TheatrePoseControlNet:
         self._reads = self.learns in ("both", "appearance")  # whether the writer learns
         focused = self.learns == "appearance"
         self.pairs = Pairs(vae_folder, clip_folder, cache_folder, pairs, skeletons=True, focused=focused)
-        self.dataset_size: int | None = len(self.pairs.numbers)
+        self.dataset_size: int | None = pairs
         self.unet: Any = UNet2DConditionModel.from_pretrained(unet_folder).eval().requires_grad_(False)
         if controlnet_folder is None:
             halvings = len(self.pairs.vae.config.block_out_channels) - 1
@@ -123,7 +123,7 @@ class TheatrePoseControlNet:
     def fingerprint(self) -> str:
         shares = f"moved={MOVED_SHARE} empty={WORDLESS_SHARE if self.writer is None else EMPTY_SHARE}"
         learns = "" if self.learns == "both" else f" {self.learns}"
-        learns += f" focus={FOCUS} {HEAD_MARGIN} hats twice" if self.pairs.focused else ""
+        learns += f" focus={FOCUS} {HEAD_MARGIN}" if self.pairs.focused else ""
         together = "" if self.writer is None else f" together alone={ALONE_SHARE}{learns}"
         return f"{WORLD_VERSION} pairs={self.pairs.count} {shares}{together}"
 
