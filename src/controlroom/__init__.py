@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from controlroom.catalog import control_class as control_class
+    from controlroom.catalog.control_types import control_class as control_class
     from controlroom.controls.edit_direction import EditDirection as EditDirection
     from controlroom.controls.edit_direction import edit_direction as edit_direction
     from controlroom.controls.editing.from_inversion import FromInversion as FromInversion
@@ -189,7 +189,7 @@ _EXPORTS: dict[str, str] = {
     "retarget": "controlroom.tasks.retarget",
     "stylise": "controlroom.tasks.stylise",
     # catalogue
-    "control_class": "controlroom.catalog",
+    "control_class": "controlroom.catalog.control_types",
 }
 
 

@@ -17,7 +17,7 @@ from controlroom.core.errors import ControlRoomError, InputError
 from controlroom.core.files import write_text_atomically
 
 HEADER = """\
-<!-- Generated from src/controlroom/catalog.py by `make docs`. Change the catalogue, not this page. -->
+<!-- Generated from src/controlroom/catalog/ by `make docs`. Change the catalogue, not this page. -->
 
 # The systems
 
