@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from controlroom.evaluation.effect_rules import Gain, Joint, Level, NotWorse, Rising, Target
 from controlroom.evaluation.suites.attend_and_excite import COLOURS
-from controlroom.evaluation.suites.combined import AHEAD, COMBINED, SEGA, made_name
+from controlroom.evaluation.suites.combined import AHEAD, made_name
+from controlroom.evaluation.suites.combined_jobs import COMBINED, SEGA
 from controlroom.evaluation.suites.editing import MADE, PSNR, REST
 from controlroom.evaluation.suites.inversion import LOST
 from controlroom.evaluation.suites.inverted_edits import again_arm

@@ -16,7 +16,7 @@ from controlroom.data.theatre.captions import full_caption
 from controlroom.data.theatre.edits import further_edit, sample_edit
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import is_held_out_combination
-from controlroom.evaluation.suites import combined, editing, inverted_edits, upscale
+from controlroom.evaluation.suites import combined, combined_jobs, editing, inverted_edits, upscale
 from controlroom.evaluation.suites import pix2pix_zero_real as zero
 from controlroom.evaluation.suites import prompt_to_prompt_real as real
 from controlroom.evaluation.suites.drawing import PipelineDrawer, together
@@ -88,9 +88,9 @@ def test_further_edits_change_one_thing_more() -> None:
 
 
 def test_jobs_ask_for_every_change_in_words_of_its_own() -> None:
-    settings = combined.Settings()
+    settings = combined_jobs.Settings()
     for number in range(4):
-        job = combined.job_number(number, settings)
+        job = combined_jobs.job_number(number, settings)
         assert [part.kind for part in job.parts] == ["lower colour", "top colour"]
         assert set(editing.changed_questions(job.whole)) == {"top colour", "lower colour"}
         assert all(part.instruction in job.whole.instruction for part in job.parts)
@@ -103,40 +103,40 @@ def test_jobs_ask_for_every_change_in_words_of_its_own() -> None:
         assert (region | ~job.whole.changed()).all() and 0.05 < region.mean() < 0.5
     for words, concepts in ((("lower colour",), ()), (("place",), ("top colour",)), (("top colour",), ("top colour",))):
         with pytest.raises(InputError, match="words and concepts"):
-            combined.job_number(0, combined.Settings(words=words, concepts=concepts))
+            combined_jobs.job_number(0, combined_jobs.Settings(words=words, concepts=concepts))
 
 
 def test_arms_share_noise_and_differ_in_their_method() -> None:
     knows: Any = Knows([])
-    suite = combined.build(combined.Settings(steps=20, held="appearance_control"), 2, knows, knows)
+    suite = combined.build(combined_jobs.Settings(steps=20, held="appearance_control"), 2, knows, knows)
     case = suite.case(0)
     job = case.truth
     assert {spec.seed for spec in case.specs.values()} == {1000}
     names = {arm: [control.type for control in spec.controls] for arm, spec in case.specs.items()}
     both = ["controlnet", "appearance_control"]
     every = [*both, "prompt_to_prompt", "semantic_guidance", "attend_and_excite"]
-    assert names[combined.SOURCE] == names[combined.REPROMPTED] == both and names[combined.COMBINED] == every
-    assert names[combined.WORDS] == [] and names[combined.POSED] == ["controlnet"]
-    assert names[combined.SWAPPED] == names[combined.BLENDED] == [*both, "prompt_to_prompt"]
+    assert names[combined.SOURCE] == names[combined.REPROMPTED] == both and names[combined_jobs.COMBINED] == every
+    assert names[combined_jobs.WORDS] == [] and names[combined_jobs.POSED] == ["controlnet"]
+    assert names[combined_jobs.SWAPPED] == names[combined_jobs.BLENDED] == [*both, "prompt_to_prompt"]
     # Words are swapped only where Prompt-to-Prompt is to do it; the concept does the rest.
     prompts = {arm: spec.prompt for arm, spec in case.specs.items()}
-    assert prompts[combined.COMBINED] == full_caption(job.upto(1)) != prompts[combined.REPROMPTED]
-    assert prompts[combined.REPROMPTED] == prompts[combined.SWAPPED] == full_caption(job.whole.after)
-    assert prompts[combined.SEGA] == prompts[combined.SOURCE] == full_caption(job.whole.before)
-    controls: list[Any] = list(case.specs[combined.COMBINED].controls)
-    assert len(controls[3].edits) == 2 and len(case.specs[combined.SEGA].controls[2].edits) == 4  # type: ignore[attr-defined]
+    assert prompts[combined_jobs.COMBINED] == full_caption(job.upto(1)) != prompts[combined.REPROMPTED]
+    assert prompts[combined.REPROMPTED] == prompts[combined_jobs.SWAPPED] == full_caption(job.whole.after)
+    assert prompts[combined_jobs.SEGA] == prompts[combined.SOURCE] == full_caption(job.whole.before)
+    controls: list[Any] = list(case.specs[combined_jobs.COMBINED].controls)
+    assert len(controls[3].edits) == 2 and len(case.specs[combined_jobs.SEGA].controls[2].edits) == 4  # type: ignore[attr-defined]
     assert controls[4].words == [[attributes(job.whole.after)["lower colour"]]]
     mask = np.asarray(controls[1].mask[0])
     assert np.array_equal(mask == 0, job.region((128, 128)))
     two = [suite.case(number).specs for number in range(2)]
-    for arm in (combined.SOURCE, combined.REPROMPTED, combined.SWAPPED):
+    for arm in (combined.SOURCE, combined.REPROMPTED, combined_jobs.SWAPPED):
         joined = together([specs[arm] for specs in two], suite.per_prompt)
         assert joined is not None and len(joined.prompt) == 2, arm
 
 
 def test_jobs_are_judged_change_by_change() -> None:
-    settings = combined.Settings()
-    job = combined.job_number(0, settings)
+    settings = combined_jobs.Settings()
+    job = combined_jobs.job_number(0, settings)
     before, half, after = (render(job.upto(count)) for count in range(3))
     knows: Any = Knows([job.upto(count) for count in range(3)])
     judge = combined.JobJudge(knows, knows, settings.kinds, ("half", "all"))
@@ -156,7 +156,7 @@ def test_jobs_are_judged_change_by_change() -> None:
 
 def test_peers_that_cannot_do_the_job_do_not_count() -> None:
     def row(ours: float, able: float, unable: float) -> Any:
-        values = {combined.COMBINED: (1.0, ours), "able": (1.0, able), "unable": (0.0, unable)}
+        values = {combined_jobs.COMBINED: (1.0, ours), "able": (1.0, able), "unable": (0.0, unable)}
         return {arm: {editing.MADE: made, editing.PSNR: psnr} for arm, (made, psnr) in values.items()}
 
     rows = [row(30.0, 25.0, 40.0), row(32.0, 29.0, 40.0)]
@@ -166,13 +166,13 @@ def test_peers_that_cannot_do_the_job_do_not_count() -> None:
 
 
 def test_the_person_is_held_by_what_there_is(theatre: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert combined.holder(combined.Settings()) == "appearance_control"
-    assert combined.holder(combined.Settings(appearance="theatre/nothing")) == "none"
-    assert combined.holder(combined.Settings(ip_adapter=str(theatre / "appearance"))) == "ip_adapter"
-    suite = combined.build(combined.Settings(), 1)
+    assert combined_jobs.holder(combined_jobs.Settings()) == "appearance_control"
+    assert combined_jobs.holder(combined_jobs.Settings(appearance="theatre/nothing")) == "none"
+    assert combined_jobs.holder(combined_jobs.Settings(ip_adapter=str(theatre / "appearance"))) == "ip_adapter"
+    suite = combined.build(combined_jobs.Settings(), 1)
     assert suite.weights == ("theatre/pose", "theatre/appearance", "theatre/instruct_pix2pix")
     assert "instruct_pix2pix" in {arm.name for arm in suite.arms}
-    without = combined.build(combined.Settings(instructed="theatre/nothing"), 1)
+    without = combined.build(combined_jobs.Settings(instructed="theatre/nothing"), 1)
     assert "instruct_pix2pix" not in {arm.name for arm in without.arms}
 
 
