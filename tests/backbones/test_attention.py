@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-from controlroom.backbones.attention import attend
+from controlroom.backbones.attend import attend
 from controlroom.backbones.sites import attention_sites, feature_sites
 from controlroom.core.attention import AttentionCall, ValueTerm
 from controlroom.core.branch import Layout

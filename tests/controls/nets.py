@@ -220,7 +220,8 @@ def write_instant_id(unet: Any, folder: Path) -> Path:
 
 def tiny_subject_reader(width: int = 32, queries: int = 3, seed: int = 37) -> Any:
     """A BLIP-Diffusion subject encoder for a miniature whose words are as wide, with `tiny_image_encoder`."""
-    from controlroom.backbones.subject_encoder import EncoderShape, SubjectEncoder, SubjectReader
+    from controlroom.backbones.subject_encoder import EncoderShape, SubjectEncoder
+    from controlroom.backbones.subject_reader import SubjectReader
     from tests.tiny import tiny_tokenizer
 
     torch.manual_seed(seed)
@@ -240,7 +241,7 @@ def tiny_subject_reader(width: int = 32, queries: int = 3, seed: int = 37) -> An
 
 def write_subject_reader(pipe: Any, folder: Path) -> Path:
     """The folder of a subject encoder for a miniature."""
-    from controlroom.backbones.subject_encoder import save_subject_reader
+    from controlroom.backbones.subject_reader import save_subject_reader
 
     encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
     width = sum(each.get_input_embeddings().weight.shape[1] for each in encoders if each is not None)

@@ -13,13 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from controlroom.backbones.subject_encoder import (
-    EncoderShape,
-    SubjectEncoder,
-    SubjectReader,
-    load_subject_reader,
-    save_subject_reader,
-)
+from controlroom.backbones.subject_encoder import EncoderShape, SubjectEncoder
+from controlroom.backbones.subject_reader import SubjectReader, load_subject_reader, save_subject_reader
 from controlroom.backbones.words import prompt_tokens
 from controlroom.controls.guidance.attend_and_excite import AttendAndExcite
 from controlroom.controls.personal.blip_diffusion import CACHE, KEY, BLIPDiffusion

@@ -22,7 +22,7 @@ from pydantic import Field, PositiveInt, field_validator
 
 from controlroom.backbones.loading import find_model, keep
 from controlroom.backbones.model_files import read_safetensors
-from controlroom.backbones.subject_encoder import (
+from controlroom.backbones.subject_reader import (
     POSITION,
     SubjectReader,
     encoder_shape,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from controlroom.backbones.image_encoder import clip_pixels
 from controlroom.backbones.loading import find_model
 from controlroom.backbones.lora_names import UNET
-from controlroom.backbones.subject_encoder import SubjectReader, load_subject_reader, told_with
+from controlroom.backbones.subject_reader import SubjectReader, load_subject_reader, told_with
 from controlroom.controls.personal.blip_diffusion import CACHE, KEY
 from controlroom.core.errors import InputError
 from controlroom.data.pictures import Picture

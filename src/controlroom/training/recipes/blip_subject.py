@@ -23,10 +23,8 @@ from torch import Tensor, nn
 
 from controlroom.backbones.image_encoder import clip_pixels
 from controlroom.backbones.lora_names import UNET
-from controlroom.backbones.subject_encoder import (
-    EncoderShape,
-    QFormerShape,
-    SubjectEncoder,
+from controlroom.backbones.subject_encoder import EncoderShape, QFormerShape, SubjectEncoder
+from controlroom.backbones.subject_reader import (
     SubjectReader,
     load_subject_reader,
     save_subject_reader,
