@@ -10,6 +10,7 @@ import pytest
 
 from controlroom import catalog
 from controlroom.catalog import CONTROL_TYPES, FURTHER, SYSTEMS, System, control_class, load, system
+from controlroom.catalog.pairs import REFUSED, combines, not_beside, refused
 from controlroom.core.errors import InputError
 
 SOURCE = Path(catalog.__file__).parents[1]
@@ -42,7 +43,15 @@ def test_what_works_can_be_imported(entry: System) -> None:
 
 
 def test_what_is_planned_has_no_effect_yet() -> None:
-    assert not [entry.key for entry in ALL if entry.status == "planned" and (entry.effect or entry.combines)]
+    assert not [entry.key for entry in ALL if entry.status == "planned" and entry.effect]
+
+
+def test_pairs_that_are_refused_are_pairs_of_controls() -> None:
+    assert {name for _, left, right in REFUSED for name in (*left, *right)} <= set(CONTROL_TYPES)
+    for name in CONTROL_TYPES:
+        assert all(refused(other, name) == why for other, why in not_beside(name).items())
+        assert all(f"`{other}`" in combines(name) for other in not_beside(name) if other != name)
+        assert ("and itself" in combines(name)) == (name not in not_beside(name))
 
 
 def test_one_paper_has_one_title() -> None:

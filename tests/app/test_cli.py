@@ -145,6 +145,18 @@ def test_controls_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["controls", "control_net"]) == 2
 
 
+def test_controls_says_paper_needs_and_combinations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["controls", "--json"]) == 0
+    one = next(row for row in json.loads(capsys.readouterr().out) if row["type"] == "prompt_to_prompt")
+    assert one["papers"] == ["https://arxiv.org/abs/2208.01626"] and "masactrl" in one["not_with"]
+    assert main(["controls", "controlnet"]) == 0
+    said = capsys.readouterr().out
+    assert "arxiv.org/abs/2302.05543" in said and "needs: " in said and "combines with: every other control" in said
+    assert main(["controls", "controlnet", "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert both["needs"] and both["settings"]
+
+
 def test_an_empty_prompt_is_a_picture(here: Path, model: str) -> None:
     assert main(["generate", "", "--model", model, "--steps", "1", "--seed", "1", "-o", "empty.png"]) == 0
     assert main(["replay", "empty.png", "--verify"]) == 0

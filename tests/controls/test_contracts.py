@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from controlroom.catalog import CONTROL_TYPES, FURTHER, SYSTEMS, control_class, load
+from controlroom.catalog.pairs import refused
 from controlroom.controls.object_edits import Move
 from controlroom.core.control import Control
 from controlroom.core.errors import ConflictError, InputError
@@ -447,7 +448,9 @@ def test_every_pair_runs_or_names_both(first: str, second: str, stage: Stage) ->
             result = stage.draw(*pair)
         except ConflictError as error:
             assert all(label in str(error) for label in labels), str(error)
+            assert refused(first, second), "a pair that the catalogue does not name"
             continue
+        assert refused(first, second) is None, "the catalogue says that they are refused"
         assert torch.isfinite(result.images).all()
         needed = [control for control in pair if control.type in CHANNELS]
         singles = [stage.draw(control).images for control in needed or pair]

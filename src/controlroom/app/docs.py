@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from controlroom.catalog import FURTHER, SYSTEMS, Paper, System
+from controlroom.catalog import CONTROL_TYPES, FURTHER, SYSTEMS, Paper, System
+from controlroom.catalog.pairs import combines
 from controlroom.core.errors import ControlRoomError, InputError
 from controlroom.core.files import write_text_atomically
 
@@ -88,7 +89,7 @@ def _section(system: System) -> list[str]:
         ("Neutral setting", neutral or f"none: {system.no_neutral}"),
         (f"Proof{planned}", system.proof),
         ("Measured effect", system.effect or "not measured yet"),
-        ("Combines with", system.combines or "not tested yet"),
+        *((f"`{name}` combines with", combines(name)) for name in _types(system)),
     ]
     return [
         f'<a id="{_anchor(system)}"></a>',
@@ -100,6 +101,13 @@ def _section(system: System) -> list[str]:
         *(f"- {name}: {value}" for name, value in facts if value),
         "",
     ]
+
+
+def _types(system: System) -> list[str]:
+    """The controls that are its own, by the names of run files."""
+    if system.status != "working":
+        return []
+    return [name for name, path in CONTROL_TYPES.items() if path in system.code]
 
 
 def _anchor(system: System) -> str:

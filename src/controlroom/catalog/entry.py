@@ -63,8 +63,6 @@ class System:
     """What its implementation is compared with."""
     effect: str | None = None
     """Measured on the theatre, against no control; None until measured."""
-    combines: str | None = None
-    """What the test of pairs found; None until tested."""
 
 
 TASK = "a task: it only builds a run out of controls, each of which has its own"

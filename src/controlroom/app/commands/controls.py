@@ -8,9 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from controlroom.catalog import CONTROL_TYPES, FURTHER, SYSTEMS, System, control_class
+from controlroom.catalog.entry import NO_WEIGHTS
+from controlroom.catalog.pairs import combines, not_beside
 
 _CONTROLS = "controlroom.controls."
-_COLUMNS = ("type", "name", "state", "models", "off by", "what it does")
+_COLUMNS = ("type", "name", "state", "paper", "models", "needs", "not with", "off by", "what it does")
+_NARROW = ("models", "needs", "not with", "off by")
 
 
 def controls(
@@ -18,7 +21,7 @@ def controls(
     every: Annotated[bool, typer.Option("--all", help="Also the systems that are no controls.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """List the controls: the type that a run file names, state, models, the setting that switches it off."""
+    """List the controls: type in a run file, state, paper, models, what it needs, what it cannot stand beside."""
     if name is not None:
         _print_settings(name, json)
         return
@@ -27,7 +30,17 @@ def controls(
         typer.echo(json_module.dumps(rows, ensure_ascii=False))
         return
     cells = [
-        (row["type"] or "–", row["name"], row["status"], " ".join(row["backbones"]), row["neutral"] or "–", row["does"])
+        (
+            row["type"] or "–",
+            row["name"],
+            row["status"],
+            " ".join(paper.rpartition("/")[2] for paper in row["papers"]) or "–",
+            " ".join(row["backbones"]),
+            " ".join(row["needs"]) or "–",
+            " ".join(row["not_with"]) or "–",
+            row["neutral"] or "–",
+            row["does"],
+        )
         for row in rows
     ]
     from rich.console import Console
@@ -39,7 +52,7 @@ def controls(
         typer.echo("\n".join("\t".join(line) for line in (_COLUMNS, *cells)))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    shown = [i for i, column in enumerate(_COLUMNS) if console.width >= 120 or column not in ("models", "off by")]
+    shown = [i for i, column in enumerate(_COLUMNS) if console.width >= 200 or column not in _NARROW]
     for i in shown:
         table.add_column(_COLUMNS[i], overflow="fold", no_wrap=_COLUMNS[i] in ("type", "state"))
     for line in cells:
@@ -57,13 +70,16 @@ def _rows(system: System, every: bool) -> list[dict[str, Any]]:
         "does": system.does,
         "papers": [paper.url for paper in system.papers if paper.url],
         "weights_licence": system.weights_licence,
+        "needs": [*system.signals, *(["weights"] if system.weights_licence != NO_WEIGHTS else [])],
     }
     own = {path for path in system.code if path.startswith(_CONTROLS)}
     types = [type_name for type_name, path in CONTROL_TYPES.items() if path in own and _home(type_name) is system]
     if types:
-        return [{"type": type_name, "key": system.key, **facts} for type_name in types]
+        return [
+            {"type": type_name, "key": system.key, **facts, "not_with": not_beside(type_name)} for type_name in types
+        ]
     shared = own & set(CONTROL_TYPES.values())  # uses a control that is listed under its own name
-    return [{"type": None, "key": system.key, **facts}] if (own and not shared) or every else []
+    return [{"type": None, "key": system.key, **facts, "not_with": {}}] if (own and not shared) or every else []
 
 
 def _home(type_name: str) -> System | None:
@@ -85,9 +101,17 @@ def _print_settings(name: str, json: bool) -> None:
         for field, info in fields.items()
         if field != "type"
     ]
+    home = _home(name)
+    about = next((row for row in _rows(home, False) if row["type"] == name), {}) if home else {}
     if json:
-        typer.echo(json_module.dumps({"type": name, "settings": settings}, ensure_ascii=False, default=str))
+        typer.echo(json_module.dumps({"type": name, **about, "settings": settings}, ensure_ascii=False, default=str))
         return
+    if about:
+        typer.echo(f"{about['name']}: {about['does']}")
+        typer.echo(f"paper: {' '.join(about['papers']) or 'none'}")
+        typer.echo(f"needs: {', '.join(about['needs']) or 'nothing'} (public weights: {about['weights_licence']})")
+        typer.echo(f"off by: {about['neutral'] or 'leaving it out'}")
+        typer.echo(f"combines with: {combines(name)}\n")
     for one in settings:
         value = "required" if one["required"] else f"default {one['default']!r}"
         typer.echo(f"{one['name']}: {value}" + (f". {one['description']}" if one["description"] else ""))
