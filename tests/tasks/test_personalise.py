@@ -22,7 +22,7 @@ def test_command_writes_adapter_sheet_and_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     line = ["personalise", photos, "--name", "anna", "--model", model, "--class", "cat", "--steps", "2", "--rank", "2"]
-    line += ["--class-count", "1", "--batch-size", "2", "-p", "{}", "-p", "{} on the beach", "--json"]
+    line += ["--class-count", "1", "--batch-size", "2", "-p", "{}", "-p", "{} in {braces}, {", "--json"]
     assert main(line) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["subject"] == "sks cat" and told["steps"] == 2

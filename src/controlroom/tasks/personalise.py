@@ -194,7 +194,8 @@ def shown_beside(
 
     rows: list[list[tuple[str, Image.Image]]] = [[(p.name, p.read()) for p in photos[:4]]]
     for prompt in options.prompts or _PROMPTS[options.kind]:
-        words = prompt.format(options.subject)
+        # Other braces are the user's own.
+        words = prompt.replace("{}", options.subject)
         plain = pipe(words.replace(f"{options.word} ", ""), seed=1, num_inference_steps=_STEPS).images
         row = [("without", plain[0])]
         for seed in (1, 2, 3):
