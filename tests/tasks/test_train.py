@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from controlroom.app.cli import main
 from controlroom.core.errors import InputError
+from controlroom.sampling.pipeline import Pipeline
 from controlroom.tasks.train import estimate_memory, parse_change, plan_training
+from controlroom.training.randomness import StepRandom
+from controlroom.training.recipe import Losses
+from controlroom.training.settings import TrainSettings
 
 TINY = {"total_steps": 2, "batch_size": 2, "threads": 1, "checkpoint_every_seconds": 60}
 
@@ -47,6 +55,7 @@ def test_file_then_command_line_decide(tmp_path: Path) -> None:
         ({"recipe": "lora", "data": "x", "changes": ["train.batch_size=0"]}, "batch_size"),
         ({"recipe": "lora", "data": "x", "changes": ["rank"]}, "NAME=VALUE"),
         ({"recipe": "lora", "data": "x", "changes": ["train=3"]}, "names no setting"),
+        ({"recipe": "lora", "data": "x", "changes": ["rank=8", "rank.x=1"]}, "within 'rank', which is 8"),
         ({"recipe": "lora", "data": "x", "config": "missing.toml"}, "missing.toml"),
     ],
 )
@@ -65,6 +74,13 @@ def test_broken_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
         plan_training("lora", tmp_path / "run.toml", data="x")
     with pytest.raises(InputError, match="is for 'lora'"):
         plan_training("dreambooth", config(tmp_path / "other.toml"), data="x")
+
+
+def test_names_of_recipes_are_the_same_with_lines(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('recipe = "dreambooth_lora"')
+    assert plan_training("dreambooth-lora", tmp_path / "run.toml", data="x").entry.name == "dreambooth_lora"
+    (tmp_path / "run.toml").write_text('recipe = "dreambooth-lora"')
+    assert plan_training("dreambooth_lora", tmp_path / "run.toml", data="x").entry.name == "dreambooth_lora"
 
 
 def test_changes_are_toml_or_text() -> None:
@@ -97,6 +113,64 @@ def test_memory_of_one_picture_and_of_several_shapes(tmp_path: Path, model: str)
         assert estimate_memory(plan.prepare()[1], plan.loop).activations > 0
         Image.new("RGB", (32, 32), "blue").save(tmp_path / "square.png")
         (tmp_path / "square.txt").write_text("a blue cat")
+
+
+class SeenDevices:
+    """A recipe that notes where its networks, its batch and its random numbers are when a loss is asked for."""
+
+    name = "seen"
+
+    def __init__(self) -> None:
+        self.net, self.fixed, self.seen = nn.Linear(2, 2), nn.Linear(2, 2), set[str]()
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"net": self.net}
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"fixed": self.fixed}
+
+    def batch(self, indices: Sequence[int], step: int) -> torch.Tensor:
+        return torch.zeros(len(indices), 2)
+
+    def loss(self, batch: torch.Tensor, step: int, rng: StepRandom) -> Losses:
+        self.seen |= {x.device.type for x in (batch, self.net.weight, self.fixed.weight)} | {str(rng.device)}
+        return Losses(self.net(self.fixed(batch)).sum(), {})
+
+    def export(self, folder: Path) -> None:
+        raise AssertionError("nothing is trained")
+
+
+def test_memory_is_counted_where_the_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = SeenDevices()
+    monkeypatch.setattr(torch, "autocast", lambda *given, **named: nullcontext())  # which this device has not
+    estimate_memory(recipe, TrainSettings(output_dir=tmp_path, total_steps=1, batch_size=2, device="meta"))
+    assert recipe.seen == {"meta"}
+    with pytest.raises(InputError, match="nowhere"):
+        estimate_memory(recipe, TrainSettings(output_dir=tmp_path, total_steps=1, device="nowhere"))
+
+
+@pytest.mark.parametrize("recipe", ["dreambooth", "dreambooth_lora"])
+def test_dry_runs_draw_and_write_nothing(
+    recipe: str,
+    tmp_path: Path,
+    model: str,
+    photos: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def drawn(*given: Any, **named: Any) -> None:
+        raise AssertionError("a picture was drawn")
+
+    monkeypatch.setattr(Pipeline, "__call__", drawn)
+    line = ["train", recipe, "-d", photos, "--model", model, "-o", str(tmp_path / "r"), "--dry-run", "--json"]
+    line += ["--set", "prompt=a sks cat", "--set", "train.batch_size=2"]
+    assert main(line) == 0
+    alone = json.loads(capsys.readouterr().out)["estimate"]
+    assert main([*line, "--set", "class_prompt=a cat"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["settings"]["class_count"] == 200
+    assert told["estimate"]["activations"] > 1.5 * alone["activations"], "the class is shown beside"
+    assert not (tmp_path / "r").exists()
 
 
 def test_command_trains_continues_and_tells(

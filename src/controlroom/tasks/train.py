@@ -43,10 +43,13 @@ class TrainingPlan:
     settings: RecipeSettings
     loop: TrainSettings
 
-    def prepare(self) -> tuple[Pipeline | None, Recipe[Any]]:
+    def prepare(self, rehearsal: bool = False) -> tuple[Pipeline | None, Recipe[Any]]:
         """Load the model and the pictures, and make the recipe (which may draw pictures of a class first).
 
         The model is None for a recipe that makes its own.
+
+        Args:
+            rehearsal: for an estimate: nothing is drawn and nothing is written.
         """
         from controlroom.sampling.pipeline import Pipeline
         from controlroom.training.recipe import Compares
@@ -57,7 +60,8 @@ class TrainingPlan:
             pipe = Pipeline.from_pretrained(self.model)
             if self.loop.device != "cpu":
                 pipe.to(self.loop.device)
-        recipe = self.settings.build(pipe, pictures, self.loop.output_dir)
+        make = self.settings.rehearsal if rehearsal else self.settings.build
+        recipe = make(pipe, pictures, self.loop.output_dir)
         if isinstance(recipe, Compares) and recipe.perceptual is not None:
             from controlroom.evaluation.extractors.choose import open_distance
 
@@ -133,9 +137,9 @@ def plan_training(
     name = recipe or found.get("recipe")
     if name is None:
         raise InputError("Which recipe? Name it, or give a configuration with recipe = 'lora'.")
-    if recipe is not None and found.get("recipe", recipe) != recipe:
-        raise InputError(f"The configuration is for {found['recipe']!r}, not {recipe!r}.")
     entry = recipe_entry(str(name))
+    if recipe is not None and "recipe" in found and recipe_entry(found["recipe"]) is not entry:
+        raise InputError(f"The configuration is for {found['recipe']!r}, not {recipe!r}.")
     kind = entry.load()
     settings, asked = dict(found.get("settings", {})), dict(found.get("train", {}))
     for change in changes:
@@ -144,7 +148,12 @@ def plan_training(
         if not keys:
             raise InputError(f"{change!r} names no setting; write train.NAME=VALUE.")
         for key in keys[:-1]:
-            target[key] = dict(target.get(key, {}))
+            inner = target.get(key, {})
+            if not isinstance(inner, dict):
+                raise InputError(
+                    f"{change!r} is a setting within {key!r}, which is {inner!r:.60}. Give one of the two."
+                )
+            target[key] = dict(inner)
             target = target[key]
         target[keys[-1]] = value
     loop = {"output_dir": f"runs/{entry.name}", **kind.loop, **asked}
@@ -219,12 +228,12 @@ def estimate_memory(recipe: Recipe[Any], loop: TrainSettings) -> MemoryEstimate:
     """What a training needs, with one forward pass to count what is kept for the backward one."""
     import torch
 
-    from controlroom.training.randomness import StepRandom
-    from controlroom.training.step import order_of
+    from controlroom.training.hardware import usable_device
+    from controlroom.training.step import computes_in_bfloat16, loss_of, order_of, place_modules
 
+    device = usable_device(loop.device)
     modules, frozen = recipe.modules(), recipe.frozen()
-    for module in frozen.values():
-        module.requires_grad_(False)
+    place_modules(modules, frozen, device)
     trained = {id(p): p for m in modules.values() for p in m.parameters() if p.requires_grad}
     every = {id(p): p for m in (*modules.values(), *frozen.values()) for p in m.parameters()}
     moving = sum(p.numel() for p in trained.values())
@@ -244,7 +253,7 @@ def estimate_memory(recipe: Recipe[Any], loop: TrainSettings) -> MemoryEstimate:
         with torch.no_grad():
             batch = recipe.batch(order.indices(range(rows)), 0)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            recipe.loss(batch, 0, StepRandom(loop.seed, 0, range(rows), loop.device))
+            loss_of(recipe, batch, 0, range(rows), loop.seed, device, computes_in_bfloat16(loop, device))
     return MemoryEstimate(
         trained=moving,
         frozen=sum(p.numel() for p in every.values()) - moving,

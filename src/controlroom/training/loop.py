@@ -35,7 +35,7 @@ from controlroom.training.checkpoint import (
 from controlroom.training.divergence import DivergedError as DivergedError
 from controlroom.training.ema import Ema
 from controlroom.training.export import export_weights, samples_seen
-from controlroom.training.hardware import fast_bfloat16, usable_device
+from controlroom.training.hardware import usable_device
 from controlroom.training.identity import identity_of, refuse_other_run, trained_parameters
 from controlroom.training.optimizers import new_optimizer
 from controlroom.training.prefetch import batches_ahead
@@ -46,7 +46,7 @@ from controlroom.training.randomness import seed_of
 from controlroom.training.recipe import Previews, Recipe, Reloads, Validates
 from controlroom.training.recompute import recomputing
 from controlroom.training.settings import TrainSettings, learning_rate_at
-from controlroom.training.step import Stepper
+from controlroom.training.step import Stepper, computes_in_bfloat16, place_modules
 from controlroom.training.stop import Clock, StopRequest, agreed, only_run_in
 
 
@@ -116,20 +116,13 @@ class _Run:
         # -- what trains, and what must not --
         self.modules, self.frozen = recipe.modules(), recipe.frozen()
         self.device = usable_device(processes.device_name(settings.device))
-        for module in (*self.modules.values(), *self.frozen.values()):
-            module.to(self.device)
+        place_modules(self.modules, self.frozen, self.device)
         self._order_channels(last=True)
-        for module in self.frozen.values():
-            module.requires_grad_(False).eval()
-        for module in self.modules.values():
-            module.train()
         self.parameters = trained_parameters(self.modules, self.frozen)
         recomputed = 0
         if settings.gradient_checkpointing:
             recomputed = stack.enter_context(recomputing((*self.modules.values(), *self.frozen.values())))
-        self.bfloat16 = settings.mixed_precision == "bf16" or (
-            settings.mixed_precision == "auto" and fast_bfloat16(self.device)
-        )
+        self.bfloat16 = computes_in_bfloat16(settings, self.device)
         self.frozen_hash = modules_hash(self.frozen)
         if len(set(processes.all_say(self.frozen_hash))) > 1:
             raise ModelError(f"The frozen modules of recipe {recipe.name!r} differ from process to process.")

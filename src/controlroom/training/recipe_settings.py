@@ -38,6 +38,9 @@ class RecipeSettings(BaseModel):
     objective: ObjectiveSettings = ObjectiveSettings()
     """Prediction, weights, noise offset, timesteps."""
 
+    aside: ClassVar[frozenset[str]] = frozenset()
+    """Settings that what is learned does not depend on, or that only say where data is."""
+
     def __init__(self, **settings: Any) -> None:
         try:
             super().__init__(**settings)
@@ -48,6 +51,10 @@ class RecipeSettings(BaseModel):
     def hw(self) -> tuple[int, int] | None:
         """Height and width."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def fingerprint(self) -> str:
+        """All settings that a resumed run must share."""
+        return self.model_dump_json(exclude=set(self.aside))
 
     def read(self, data: str) -> Sequence[Picture]:
         """What is learned from, out of a folder: pictures with captions; a recipe of other data says so here.
@@ -68,6 +75,29 @@ class RecipeSettings(BaseModel):
             pictures: what is learned from.
             folder: where the run writes; jobs that come before it (pictures of the class) may write there.
         """
+
+    def rehearsal(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> Recipe[Any]:
+        """As `build`, for a look at what a training would need: a recipe with jobs before it leaves them out here."""
+        return self.build(pipe, pictures, folder)
+
+
+class ValidatedSettings(RecipeSettings):
+    """Settings of a recipe that measures its error on pictures it does not learn from."""
+
+    aside: ClassVar[frozenset[str]] = frozenset({"validation", "validation_pictures"})
+
+    validation: str | None = None
+    """Data like that of the training, on which the error is measured every ``validate_every`` steps; None: none."""
+    validation_pictures: PositiveInt = 32
+    """As many of them at most, from all over the set."""
+
+    def sides(self, pictures: Sequence[Picture]) -> tuple[Sequence[Picture], Sequence[Picture]]:
+        """Pictures that are learned from, and held-out ones.
+
+        Raises:
+            InputError: ``validation`` cannot be read.
+        """
+        return pictures, () if self.validation is None else self.read(self.validation)
 
 
 def check_levels(channels: Sequence[int], norm_groups: int, size: tuple[int, int]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from controlroom.core.errors import ModelError
 from controlroom.training.divergence import refuse_step
 from controlroom.training.ema import Ema
-from controlroom.training.hardware import moved
+from controlroom.training.hardware import fast_bfloat16, moved
 from controlroom.training.processes import Processes
 from controlroom.training.randomness import DataOrder, StepRandom, parts_of, seed_of, slots_of
 from controlroom.training.recipe import AfterStep, FiniteData, Losses, Order, Ordered, Recipe
@@ -24,6 +24,32 @@ def order_of(recipe: Recipe[Any], batch_size: int, seed: int, first_slot: int = 
     if isinstance(recipe, Ordered):
         return recipe.batch_order(batch_size, seed, first_slot)
     return DataOrder(seed, recipe.dataset_size if isinstance(recipe, FiniteData) else None)
+
+
+def place_modules(modules: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module], device: torch.device) -> None:
+    """Bring everything to the device; what trains is in training mode, what does not is frozen."""
+    for module in frozen.values():
+        module.to(device).requires_grad_(False).eval()
+    for module in modules.values():
+        module.to(device).train()
+
+
+def computes_in_bfloat16(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether passes run in bfloat16: asked for, or left open and faster here."""
+    return settings.mixed_precision == "bf16" or (settings.mixed_precision == "auto" and fast_bfloat16(device))
+
+
+def loss_of(
+    recipe: Recipe[Any], batch: Any, step: int, slots: range, seed: int, device: torch.device, bfloat16: bool
+) -> Losses:
+    """The loss of one pass on the device.
+
+    Random numbers go by slot; layers with randomness of their own (dropout) get the seed of the first slot.
+    """
+    torch.manual_seed(seed_of(seed, slots[0], "layers"))
+    rng = StepRandom(seed, step, slots, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        return recipe.loss(moved(batch, device), step, rng)
 
 
 class Stepper:
@@ -78,7 +104,8 @@ class Stepper:
         values: list[float] = []
         logged: dict[str, float] = {}
         for slots in self.parts(step, self.processes.rank):
-            losses = self._loss(moved(next(batches), self.device), step, slots)
+            batch = next(batches)
+            losses = loss_of(self.recipe, batch, step, slots, settings.seed, self.device, self.bfloat16)
             values.append(float(losses.total.detach()))
             for name, value in losses.parts.items():
                 logged[name] = logged.get(name, 0.0) + float(value) / settings.accumulate
@@ -111,13 +138,6 @@ class Stepper:
             self.ema.update(step)
         every = [value for row in table for value in row]
         return {"loss": sum(every) / len(every), **logged, "gradient_norm": float(norm)}
-
-    def _loss(self, batch: Any, step: int, slots: range) -> Losses:
-        """Random numbers by slot; layers with randomness of their own (dropout) get the seed of the first slot."""
-        torch.manual_seed(seed_of(self.settings.seed, slots[0], "layers"))
-        rng = StepRandom(self.settings.seed, step, slots, self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.recipe.loss(batch, step, rng)
 
     def _finite_losses(self, step: int, table: list[list[float]]) -> None:
         """Raise DivergedError for the parts, of whichever process, whose loss is not finite."""

@@ -41,7 +41,7 @@ def train(
     plan = plan_training(recipe, config, data, model, out, change or ())
     runs.quiet_libraries()
     if dry_run:
-        estimate = estimate_memory(plan.prepare()[1], plan.loop)
+        estimate = estimate_memory(plan.prepare(rehearsal=True)[1], plan.loop)
         numbers = {name: getattr(estimate, name) for name in estimate.__dataclass_fields__} | {"total": estimate.total}
         if json:
             typer.echo(json_module.dumps(plan.resolved() | {"estimate": numbers}, ensure_ascii=False))

@@ -41,13 +41,16 @@ class DreamBoothSettings(ShownSettings):
     text_encoders: bool = False
     """Whether the text encoders learn as well."""
 
-    def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> DreamBooth:
+    def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path | None) -> DreamBooth:
         parts = [UNET]
         if self.text_encoders:
             parts += [name for name in (TEXT, TEXT_2) if getattr(pipe.backbone, name) is not None]
         base = BaseModel(pipe, trains=parts)
         shown, beside = subject_and_class(pipe, base, pictures, self, folder)
         return DreamBooth(base, shown, self, beside)
+
+    def rehearsal(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> DreamBooth:
+        return self.build(pipe, pictures, None)
 
 
 class DreamBooth(ShownRecipe[DreamBoothSettings]):

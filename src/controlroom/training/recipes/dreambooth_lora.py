@@ -45,10 +45,13 @@ class DreamBoothLoRASettings(LoRASettings):
             raise ValueError("subject and class are shown in one pass, so all pictures are of one size; leave it out")
         return value
 
-    def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> DreamBoothLoRA:
+    def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path | None) -> DreamBoothLoRA:
         base = BaseModel(pipe)
         shown, beside = subject_and_class(pipe, base, pictures, self, folder)
         return DreamBoothLoRA(base, shown, self, beside, self.class_weight)
+
+    def rehearsal(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> DreamBoothLoRA:
+        return self.build(pipe, pictures, None)
 
 
 class DreamBoothLoRA(LoRARecipe):
@@ -58,7 +61,7 @@ class DreamBoothLoRA(LoRARecipe):
 
 
 def subject_and_class(
-    pipe: Pipeline, base: BaseModel, pictures: Sequence[Picture], settings: Any, folder: Path
+    pipe: Pipeline, base: BaseModel, pictures: Sequence[Picture], settings: Any, folder: Path | None
 ) -> tuple[Shown, Shown | None]:
     """Pictures of the subject, all under the one prompt, and of its class, which are drawn if they are not there.
 
@@ -67,7 +70,7 @@ def subject_and_class(
         base: its networks.
         pictures: of the subject; their captions count only where no prompt is given.
         settings: those of DreamBooth or DreamBooth-LoRA.
-        folder: the class goes to ``class/`` in it.
+        folder: the class goes to ``class/`` in it; None: nothing is drawn, and the subject stands in for its class.
 
     Raises:
         InputError: no prompt, and pictures without captions.
@@ -79,7 +82,9 @@ def subject_and_class(
     )
     if settings.class_prompt is None:
         return shown, None
-    drawn = class_pictures(
-        pipe, settings.class_prompt, settings.class_count, folder / "class", shown.size, settings.class_steps
-    )
+    drawn = pictures
+    if folder is not None:
+        drawn = class_pictures(
+            pipe, settings.class_prompt, settings.class_count, folder / "class", shown.size, settings.class_steps
+        )
     return shown, Shown(base, drawn, settings.class_prompt, size=shown.size)
