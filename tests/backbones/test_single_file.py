@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from controlroom.core.errors import ModelError
@@ -78,6 +79,27 @@ def test_configurations_that_are_not_there(
     (other / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ModelError, match="never opened"):
         Pipeline.from_pretrained(file, config=other)
+
+
+def test_nothing_is_downloaded_for_a_file(file: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool | None] = []
+    there = False
+
+    def snapshot(repository: str, local_files_only: bool | None = None, **rest: Any) -> str:
+        asked.append(local_files_only)
+        if not there:
+            raise LocalEntryNotFoundError("not here")
+        return str(config)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("diffusers.loaders.single_file.snapshot_download", snapshot)
+    with pytest.raises(ModelError, match=r"controlroom convert .* --base FOLDER.*hf download"):
+        Pipeline.from_pretrained(file)
+    assert asked == [True]
+    there = True
+    # What was downloaded before is used.
+    assert Pipeline.from_pretrained(file).backbone.name == "sd1"
+    assert asked == [True, True]
 
 
 def test_weights_of_another_shape(file: Path, config: Path, weights: dict[str, torch.Tensor]) -> None:

@@ -204,7 +204,7 @@ def load_backbone(
         variant: files of a variant, e.g. ``fp16``.
         revision: branch, tag or commit on the hub.
         config: for a single file, the folder in diffusers' layout with its configurations and tokenizers; None: those
-            of the hub repository that diffusers takes it for.
+            of the hub repository that diffusers takes it for, which must have been downloaded.
 
     Raises:
         ModelError: nothing there, a part or key is missing, or only pickles are.

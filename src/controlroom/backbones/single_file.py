@@ -5,6 +5,7 @@ diffusers converts it. Such a file holds weights only; configurations and tokeni
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ def load_single_file(path: Path, dtype: torch.dtype | None = None, config: Path 
         path: the file.
         dtype: precision; None: float32.
         config: folder in diffusers' layout with configurations and tokenizers; None: those of the hub repository that
-            diffusers takes the file for, fetched if they are not on this machine.
+            diffusers takes the file for, which must have been downloaded: nothing is fetched here.
 
     Raises:
-        ModelError: broken, incomplete, or nothing is known of its configuration.
+        ModelError: broken, incomplete, or its configurations are not on this machine.
     """
     import diffusers
-    from huggingface_hub.errors import LocalEntryNotFoundError
     from safetensors import safe_open
 
     if path.suffix != ".safetensors":
@@ -41,21 +41,16 @@ def load_single_file(path: Path, dtype: torch.dtype | None = None, config: Path 
     xl = any(name.startswith("conditioner.embedders.1.") for name in names)
     base = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
     more: dict[str, Any] = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
-    if config is not None:
-        check_config(config)
-        more |= {"config": str(config), "local_files_only": True}
+    if config is None:
+        config = _downloaded_config(path)
+    check_config(config)
+    more |= {"config": str(config), "local_files_only": True}
     lacking = (
         "or belongs to another kind of model than it was loaded as. Copy it again, or give the folder of its "
         "configurations (config=…)."
     )
     try:
         pipeline = base.from_single_file(str(path), dtype=dtype or torch.float32, **more)
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"{path} holds weights only, and the configurations and tokenizers that belong to them are not on this "
-            f"machine. Give a folder in diffusers' layout that has them (config=…), or fetch them once: hf download "
-            f"{_repository(path)} --include '*.json' '*.txt'"
-        ) from error
     except NotImplementedError as error:
         # diffusers makes every part without memory, and fills in what the file has.
         raise ModelError(f"{path} lacks weights of the UNet or the autoencoder, {lacking}") from error
@@ -87,8 +82,26 @@ def check_config(folder: Path) -> None:
             )
 
 
-def _repository(path: Path) -> str:
-    """The hub repository whose configurations diffusers would use for a file."""
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+def _downloaded_config(path: Path) -> Path:
+    """The configurations of the hub repository that diffusers takes a file for, where they have been downloaded.
 
-    return fetch_diffusers_config(read_safetensors(path))["pretrained_model_name_or_path"]
+    diffusers would look for them itself, and fetch them even where it is told to keep to local files.
+
+    Raises:
+        ModelError: they have not been.
+    """
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repository = fetch_diffusers_config(read_safetensors(path))["pretrained_model_name_or_path"]
+    try:
+        return Path(snapshot_download(repository, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        file, folder = shlex.quote(str(path)), shlex.quote(str(path.with_suffix("")))
+        raise ModelError(
+            f"{path} holds weights only, and the configurations and tokenizers that belong to them are not on this "
+            f"machine; nothing is downloaded for a file. Where a folder in diffusers' layout has them, make this one "
+            f"too (controlroom convert {file} -o {folder} --base FOLDER) or give it in Python (config=…); or fetch "
+            f"them once: hf download {repository} --include '*.json' '*.txt'"
+        ) from error

@@ -62,7 +62,8 @@ class Pipeline:
             variant: files of a variant, e.g. ``fp16``.
             revision: branch, tag or commit on the hub.
             config: for a single file, the folder in diffusers' layout with its configurations and tokenizers; None:
-                those of the hub repository it was made from, which are fetched if they are not here.
+                those of the hub repository it was made from, which must have been downloaded. Only a hub id as model
+                is ever fetched.
 
         Raises:
             ModelError: nothing there, a part, key or vocabulary is missing, or it is a pickle.
