@@ -1,7 +1,8 @@
 """How good the theatre's checkpoint is, judged by its readers: ``python -m controlroom.evaluation.theatre_quality``.
 
-Four questions: how often the readers are wrong on renders (their own error), what the autoencoder loses, whether
-pictures show what their captions say, and whether two named objects both appear. Results go to a JSON file that
+Five questions: how often the readers are wrong on renders (their own error), what the autoencoder loses, whether
+pictures show what their captions say, also what training never showed together, and whether two named objects both
+appear. Results go to a JSON file that
 `docs/theatre.md` is made from.
 """
 
@@ -23,7 +24,7 @@ from controlroom.core.files import write_text_atomically
 from controlroom.data.theatre import attributes as a
 from controlroom.data.theatre.captions import full_caption
 from controlroom.data.theatre.render import render
-from controlroom.data.theatre.scene import DEFAULT_MIX, Mix, Scene, sample_scene
+from controlroom.data.theatre.scene import DEFAULT_MIX, Mix, Scene, Split, held_out_combination, sample_scene
 from controlroom.evaluation.estimates import Estimate, mean, share
 from controlroom.signals.readers import AttributeReader, pixels_of
 
@@ -47,9 +48,9 @@ Draw = Callable[[Sequence[str], int], list[Image.Image]]
 """Pictures of prompts; the number is the seed of the first."""
 
 
-def scenes_of(mix: Mix, count: int, first: int = 0) -> list[Scene]:
-    """Held-out scenes of a mix."""
-    return [sample_scene(first + index, "held_out", mix) for index in range(count)]
+def scenes_of(mix: Mix, count: int, first: int = 0, split: Split = "held_out") -> list[Scene]:
+    """Held-out scenes of a mix; of the split "combination", with something that training never showed together."""
+    return [sample_scene(first + index, split, mix) for index in range(count)]
 
 
 def answers_right(reader: AttributeReader, pictures: Sequence[Image.Image], truths: Sequence[a.Answers]) -> dict:
@@ -117,6 +118,30 @@ def caption_quality(draw: Draw, reader: AttributeReader, count: int, batch_size:
     return {question: share(right[question]) for question in JUDGED if question in right}
 
 
+def combination_quality(draw: Draw, reader: AttributeReader, count: int, batch_size: int = 32) -> dict[str, Estimate]:
+    """Captions of one puppet with a combination that training never showed, each part of which it did.
+
+    "together": the answers that make the combination are all right; "apart": the same questions, all right, on as many
+    held-out captions without such a combination. Then each question by itself, as `caption_quality`.
+    """
+    scenes = scenes_of(CORE_MIX, count, 30_000, "combination")
+    plain = scenes_of(CORE_MIX, count, 40_000)
+    asked = [held_out_combination(scene) for scene in scenes]
+    right: dict[str, list[bool]] = {"together": [], "apart": []}
+    for name, shown in (("together", scenes), ("apart", plain)):
+        texts = [full_caption(scene) for scene in shown]
+        for start, pictures in _drawn(draw, texts, batch_size):
+            stated = [a.read_caption(text) for text in texts[start : start + batch_size]]
+            read = reader.read(pictures)
+            for found, said, questions in zip(read, stated, asked[start : start + batch_size], strict=True):
+                right[name].append(all(found[question] == said[question] for question in questions))
+                if name == "together":
+                    for question in JUDGED:
+                        if said.get(question) not in (None, a.ABSENT):
+                            right.setdefault(question, []).append(found[question] == said[question])
+    return {name: share(values) for name, values in right.items()}
+
+
 def two_object_quality(draw: Draw, reader: AttributeReader, count: int, batch_size: int = 32) -> dict[str, Estimate]:
     """Share of two-object captions with both kinds there, and with both in their colours."""
     scenes = scenes_of(TWO_OBJECTS, count, 20_000)
@@ -154,7 +179,9 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
-    parser.add_argument("--only", choices=("readers", "autoencoder", "captions", "two objects"), default=None)
+    parser.add_argument(
+        "--only", choices=("readers", "autoencoder", "captions", "combinations", "two objects"), default=None
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/measured/theatre.json"))
     arguments = parser.parse_args()
 
@@ -173,6 +200,7 @@ def main() -> None:
         "readers": lambda: reader_error(reader, 4 * arguments.n),
         "autoencoder": lambda: autoencoder_quality(_autoencoder(arguments.model), reader, arguments.n),
         "captions": lambda: caption_quality(draw, reader, arguments.n),
+        "combinations": lambda: combination_quality(draw, reader, max(2 * arguments.n // 5, 1)),
         "two objects": lambda: two_object_quality(draw, reader, max(arguments.n // 2, 1)),
     }
     found: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}

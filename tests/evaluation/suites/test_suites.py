@@ -38,6 +38,7 @@ from controlroom.evaluation.theatre_quality import (
     CORE_MIX,
     TWO_OBJECTS,
     caption_quality,
+    combination_quality,
     scenes_of,
     two_object_quality,
 )
@@ -273,6 +274,23 @@ def test_caption_suites_give_the_numbers_of_theatre_quality(tmp_path: Path, name
     assert all(row.extractor.startswith("theatre-attributes@") for row in sets.values())
     if name == "captions":
         assert values(report.rows, ALL, "truth") == 1.0
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_combinations_are_right_together_or_not(kept: bool) -> None:
+    """A drawer that shows what it is told, and one that gives every second picture another scene's looks."""
+    n = 9
+    scenes, plain = scenes_of(CORE_MIX, n, 30_000, "combination"), scenes_of(CORE_MIX, n, 40_000)
+    of = {full_caption(scene): scene for scene in (*scenes, *plain)}
+    wrong = scenes_of(CORE_MIX, 1, 50_000)[0]
+
+    def draw(texts: Any, seed: int) -> list[Image.Image]:
+        return [render(of[text] if kept or i % 2 == 0 else wrong) for i, text in enumerate(texts)]
+
+    reader: Any = Knows([*scenes, *plain, wrong])
+    found = combination_quality(draw, reader, n, n)
+    assert (found["together"].mean == found["apart"].mean == 1.0) if kept else found["together"].mean < 0.7
+    assert found["place"].n == found["together"].n == n
 
 
 # Retargeting.

@@ -129,24 +129,25 @@ class Scene:
 
 def is_held_out_combination(scene: Scene) -> bool:
     """Combinations that training never shows, each of whose parts it does show: they test generalisation."""
+    return bool(held_out_combination(scene))
+
+
+def held_out_combination(scene: Scene) -> tuple[str, ...]:
+    """The questions (`attributes`) whose answers together make a combination of that kind; none: it has none."""
     for actor in scene.actors:
         if isinstance(actor, Puppet):
             one = actor.identity
-            if one.lower == Garment("skirt", "green", "striped") and scene.place == "night":
-                return True
             if one.lower.kind == "skirt" and one.lower.colour == "green" and scene.place == "night":
-                return True
+                return ("lower", "lower colour", "place")
             if one.hair_colour == "red" and one.top.colour == "purple":
-                return True
+                return ("hair colour", "top colour")
             if actor.pose == "kicking" and scene.place == "stage":
-                return True
+                return ("pose", "place")
             if one.top.pattern == "dotted" and one.top.colour == "brown":
-                return True
-        elif actor.kind == "cat" and actor.colour == "blue":
-            return True
-        elif actor.kind == "star" and actor.colour == "pink":
-            return True
-    return False
+                return ("top pattern", "top colour")
+        elif (actor.kind, actor.colour) in (("cat", "blue"), ("star", "pink")):
+            return (actor.kind,)
+    return ()
 
 
 @dataclass(frozen=True)
