@@ -114,10 +114,10 @@ class Gain:
 
 @dataclass(frozen=True)
 class Joint:
-    """A number of all cases together is at least a number."""
+    """A number of all cases together; with a bound, it is at least that."""
 
     measure: str
-    least: float
+    least: float | None = None
 
     def __call__(self, report: Report) -> Verdict | None:
         row = next((row for row in report.derived if row.measure == self.measure), None)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from controlroom.evaluation.effect_rules import Gain, Level, Target
+from controlroom.evaluation.effect_rules import Gain, Joint, Level, Target
 from controlroom.evaluation.suites import ctrl_x, depth2img, inpaint, panorama, regions, style_aligned, stylise
-from controlroom.evaluation.suites.controlnet import EMPTY, WITH, WITHOUT, measure_name
+from controlroom.evaluation.suites.controlnet import EMPTY, SIZE, WITH, WITHOUT, measure_name
 from controlroom.evaluation.suites.editing import MADE, PSNR
 from controlroom.signals.signal import KINDS
 
 _ABLATED = {
     stylise.HALF: "half precision",
-    stylise.SOLVER: "UniPC, fewer steps",
+    stylise.SOLVER: "UniPC, few steps",
     stylise.ESTIMATED: "estimated depth",
     stylise.NO_WORDS: "no words",
     stylise.NO_DEPTH: "no depth",
@@ -18,25 +18,35 @@ _ABLATED = {
 }
 _DEPTH = "depth: rank correlation"
 
-TARGETS: tuple[Target, ...] = (
-    *(
+
+def _along(control: str, suite: str) -> tuple[Target, ...]:
+    """How far each kind of condition is held, with words and without; and what that takes."""
+    rows = [
         target
         for kind in KINDS
         for target in (
             Target(
-                f"ControlNet, {kind.replace('_', ' ')}",
+                f"{control}, {kind.replace('_', ' ')}",
                 f"{measure_name(kind).partition(': ')[2]}, read again" + (": at least 0.9" if kind == "pose" else ""),
-                "controlnet",
+                suite,
                 Level(measure_name(kind), WITH, WITHOUT, least=0.9 if kind == "pose" else None),
             ),
             Target(
-                f"ControlNet, {kind.replace('_', ' ')}",
+                f"{control}, {kind.replace('_', ' ')}",
                 "the same with an empty prompt",
-                "controlnet",
+                suite,
                 Level(measure_name(kind), EMPTY, WITHOUT),
             ),
         )
-    ),
+    ]
+    return (*rows, Target(control, SIZE, suite, Joint(SIZE)))
+
+
+TARGETS: tuple[Target, ...] = (
+    *_along("ControlNet", "controlnet"),
+    *_along("ControlNet for one kind", "controlnet_single"),
+    *_along("Uni-ControlNet", "uni_controlnet"),
+    *_along("T2I-Adapter", "t2i_adapter"),
     *(
         target
         for arm, title in _ABLATED.items()
@@ -122,6 +132,9 @@ MEASURED = (
     "panorama",
     "ctrl_x",
     "controlnet",
+    "controlnet_single",
+    "uni_controlnet",
+    "t2i_adapter",
     "depth2img",
     "inpaint",
     "stylise",

@@ -17,16 +17,17 @@ from controlroom.data.theatre.conditions import condition
 from controlroom.data.theatre.paint import Part
 from controlroom.data.theatre.render import render
 from controlroom.evaluation.suites import controlnet, stylise
-from controlroom.evaluation.suites.controlnet import BLOCK, EMPTY, GUESS, TRUE, WITH, WITHOUT, measure_name
+from controlroom.evaluation.suites.controlnet import BLOCK, EMPTY, GUESS, SIZE, TRUE, WITH, WITHOUT, measure_name
 from controlroom.evaluation.suites.drawing import PipelineDrawer, together
 from controlroom.evaluation.suites.journal import Journal
 from controlroom.evaluation.suites.pages import page
 from controlroom.evaluation.suites.report import Report, Row, summarise
 from controlroom.evaluation.suites.runner import run
 from controlroom.evaluation.suites.suite import Shown, Suite
+from controlroom.evaluation.suites.table import open_suite
 from controlroom.signals.dense_reader import DenseReader
 from controlroom.signals.signal import KINDS
-from tests.controls.nets import tiny_controlnet
+from tests.controls.nets import tiny_controlnet, tiny_t2i_adapter, tiny_uni_adapters, write_uni_controlnet
 from tests.evaluation.suites.stage import Knows, Words, write_stage
 from tests.tiny import tiny_unet
 
@@ -121,6 +122,77 @@ def test_controlnet_suite_runs(theatre: Path, tmp_path: Path) -> None:
     assert found[WITH] != found[WITHOUT] and found[WITH] != found[EMPTY]
     assert {arm for row in report.differences for arm in row.cells} >= {WITH, EMPTY}
     assert "ControlNet" in page(report)
+
+
+def stored(folder: Path, unet: Any, kind: str) -> str:
+    """A T2I-Adapter and a ControlNet for one kind; their weights by kind."""
+    for name, net in (
+        ("t2i_adapter", tiny_t2i_adapter(unet)),
+        ("controlnet", tiny_controlnet(unet, conditioning_embedding_out_channels=(4, 8))),
+    ):
+        net.save_pretrained(str(folder / f"{name}_{kind}"))
+    return str(folder)
+
+
+def test_other_ways_of_control_are_measured_on_the_same_cases(theatre: Path, tmp_path: Path) -> None:
+    unet = tiny_unet()
+    place = stored(tmp_path, unet, "depth")
+    write_uni_controlnet(unet, tmp_path / "uni")
+    sizes = {
+        "t2i_adapter": tiny_t2i_adapter(unet),
+        "controlnet_single": tiny_controlnet(unet, conditioning_embedding_out_channels=(4, 8)),
+        "uni_controlnet": tiny_uni_adapters(unet)["local"],
+    }
+    networks = {
+        "t2i_adapter": f"{place}/t2i_adapter_{{kind}}",
+        "controlnet_single": f"{place}/controlnet_{{kind}}",
+        "uni_controlnet": f"{place}/uni",
+    }
+    plain = open_suite("controlnet", 2, {"kind": "depth", "steps": 2}).case(0)
+    for name, network in networks.items():
+        suite = open_suite(name, 2, {"kind": "depth", "steps": 2, "network": network})
+        case = suite.case(0)
+        assert suite.name == name and case.specs[WITHOUT] == plain.specs[WITHOUT]
+        assert together([suite.case(number).specs[WITH] for number in range(2)], suite.per_prompt) is not None
+        report = measured(suite, PipelineDrawer(str(theatre), suite.weights), tmp_path / name)
+        held = [value(report.rows, measure_name("depth"), arm) for arm in (WITHOUT, WITH, EMPTY)]
+        assert report.suite == name and None not in held and held[0] != held[1] != held[2]
+        (row,) = [row for row in report.derived if row.measure == SIZE]
+        count = sum(p.numel() for p in sizes[name].parameters())
+        assert row.cells[""].value == pytest.approx(count / 1e6, abs=1e-9) and row.cells[""].n == 1
+    joined: Any = together([suite.case(number).specs[WITH] for number in range(2)], suite.per_prompt)
+    assert len(joined.controls[0].images.depth) == 2 and set(joined.controls[0].images.given) == {"depth"}
+
+
+def test_what_is_not_there_has_no_size_and_what_cannot_be_is_refused(theatre: Path) -> None:
+    whole = open_suite("controlnet", 1, {"kind": "depth"})
+    net = tiny_controlnet(tiny_unet(), conditioning_embedding_out_channels=(4, 8), conditioning_channels=MULTI_CHANNELS)
+    count = sum(p.numel() for p in net.parameters())
+    assert controlnet.parameters_of(whole.settings).mean == pytest.approx(count / 1e6)  # type: ignore[arg-type]
+    assert controlnet.parameters_of(controlnet.T2IAdapterSettings(network="nowhere/{kind}")).n == 0
+    for name, given, said in (
+        ("t2i_adapter", {"network": "theatre/multi"}, "every kind"),
+        ("uni_controlnet", {"guess": True}, "guess"),
+        ("controlnet", {"method": "gligen"}, "method"),
+    ):
+        with pytest.raises(InputError, match=said):
+            open_suite(name, 1, given)
+
+
+def test_journals_of_before_there_were_methods_stay_valid() -> None:
+    """The account has no word of a setting that nobody could give then."""
+    assert controlnet.Settings().account() == {
+        "model": "theatre",
+        "steps": 25,
+        "guidance_scale": 5.0,
+        "seed": 1000,
+        "network": "theatre/multi",
+        "kind": "all",
+        "scale": 1.0,
+        "guess": False,
+    }
+    assert controlnet.Settings(method="uni_controlnet").account()["method"] == "uni_controlnet"
+    assert controlnet.T2IAdapterSettings().account()["method"] == "t2i_adapter"
 
 
 def test_stylise_arms_change_one_thing_each(theatre: Path) -> None:

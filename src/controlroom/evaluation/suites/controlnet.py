@@ -1,21 +1,34 @@
-"""What a ControlNet holds: a condition is read again out of the picture that was drawn along it.
+"""What a condition holds: it is read again out of the picture that was drawn along it.
 
 Held-out scenes of one puppet, each with one kind of condition; drawn without the control, with it, and with it and an
 empty prompt, from the same noise. The true picture is read too: its column is what reading itself loses, which for
 scribbles and straight lines is much. Poses are read by the theatre's keypoint network, depth, normals, parts and soft
 edges by its dense reader, the others as in any picture.
+
+The same cases measure four ways of control: one ControlNet for all kinds, a ControlNet or a T2I-Adapter for each, and
+one Uni-ControlNet, each with the number of parameters of what was used.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from PIL import Image
 from pydantic import Field
 
+from controlroom.backbones.differences import header_of_difference, is_difference
+from controlroom.backbones.file_header import read_header
+from controlroom.backbones.loading import find_model
+from controlroom.backbones.uni_controlnet import LOCAL
 from controlroom.controls.spatial.controlnet import ControlNet
-from controlroom.core.errors import InputError
+from controlroom.controls.spatial.t2i_adapter import T2IAdapter
+from controlroom.controls.spatial.uni_controlnet import LocalConditions, UniControlNet
+from controlroom.core.control import Control
+from controlroom.core.errors import InputError, ModelError
 from controlroom.core.spec import RunSpec
 from controlroom.data.theatre.captions import full_caption
 from controlroom.data.theatre.conditions import condition
@@ -24,12 +37,23 @@ from controlroom.data.theatre.scene import Scene, sample_scene
 from controlroom.data.theatre.truth import keypoints
 from controlroom.data.theatre.vocabulary import WORLD_VERSION
 from controlroom.evaluation.condition_match import MATCHES, condition_match
+from controlroom.evaluation.estimates import Estimate
 from controlroom.evaluation.extractor import TextExtractor, content_hash
 from controlroom.evaluation.extractors.theatre import theatre_clip
 from controlroom.evaluation.metrics.pck import read_pck
 from controlroom.evaluation.retarget_judge import Judge as PoseJudge
 from controlroom.evaluation.suites.judges import PromptScore
-from controlroom.evaluation.suites.suite import Arm, Case, Measure, Shown, Suite, SuiteSettings, Table, Values
+from controlroom.evaluation.suites.suite import (
+    Arm,
+    Case,
+    Derived,
+    Measure,
+    Shown,
+    Suite,
+    SuiteSettings,
+    Table,
+    Values,
+)
 from controlroom.evaluation.theatre_quality import CORE_MIX
 from controlroom.signals.canny import Canny
 from controlroom.signals.dense_reader import DenseReader, DenseSignal, theatre_dense_reader
@@ -44,13 +68,22 @@ FIRST_SCENE = 50_000
 BLOCK = 8
 """Consecutive cases of one kind, which are drawn together."""
 PCK = "PCK@0.2"
+SIZE = "parameters of all networks, millions"
+Method = Literal["controlnet", "t2i_adapter", "uni_controlnet"]
+_TITLES: dict[Method, str] = {
+    "controlnet": "ControlNet",
+    "t2i_adapter": "T2I-Adapter",
+    "uni_controlnet": "Uni-ControlNet",
+}
 
 
 class Settings(SuiteSettings):
     """A network for one kind is measured with ``kind`` and ``network``."""
 
+    later: ClassVar[frozenset[str]] = frozenset({"method"})
+    method: Method = "controlnet"
     network: str = "theatre/multi"
-    """The ControlNet; ``{kind}`` in it stands for the kind, where each has its own."""
+    """Its weights; ``{kind}`` in it stands for the kind, where each has its own."""
     kind: Kind | Literal["all"] = "all"
     """All: one after the other, in blocks of eight cases."""
     scale: float = Field(default=1.0, gt=0)
@@ -60,6 +93,33 @@ class Settings(SuiteSettings):
     @property
     def kinds(self) -> tuple[Kind, ...]:
         return KINDS if self.kind == "all" else (self.kind,)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Weights of all kinds, each once."""
+        return tuple(dict.fromkeys(self.network.format(kind=kind) for kind in self.kinds))
+
+
+class SingleSettings(Settings):
+    """A ControlNet for each kind, as the stages ``controlnet_KIND`` of the theatre's training leave them."""
+
+    network: str = "runs/theatre/controlnet_{kind}/weights"
+
+
+class T2IAdapterSettings(Settings):
+    """A T2I-Adapter for each kind, as the stages ``t2i_adapter_KIND`` leave them."""
+
+    later: ClassVar[frozenset[str]] = frozenset()
+    method: Method = "t2i_adapter"
+    network: str = "runs/theatre/t2i_adapter_{kind}/weights"
+
+
+class UniControlNetSettings(Settings):
+    """One network that was trained on several conditions at once; it is given one."""
+
+    later: ClassVar[frozenset[str]] = frozenset()
+    method: Method = "uni_controlnet"
+    network: str = "theatre/uni_controlnet"
 
 
 def kind_of(number: int, kinds: Sequence[Kind]) -> Kind:
@@ -78,6 +138,37 @@ def measure_name(kind: Kind) -> str:
     ('pose: PCK@0.2', 'depth: rank correlation')
     """
     return f"{kind}: {PCK if kind == 'pose' else MATCHES[kind]}"
+
+
+def control_of(settings: Settings, picture: Image.Image, kind: Kind) -> Control:
+    """What draws along a condition."""
+    network, scale = settings.network.format(kind=kind), settings.scale
+    if settings.method == "t2i_adapter":
+        return T2IAdapter(network, [picture], scale=scale)
+    if settings.method == "uni_controlnet":
+        return UniControlNet(network, LocalConditions(**{kind: [picture]}), scale=scale)
+    return ControlNet(network, [picture], scale=scale, kind=kind)
+
+
+def parameters_of(settings: Settings) -> Estimate:
+    """Millions of parameters of all networks that the cases need, and how many these are; none where they are missing.
+
+    Of a Uni-ControlNet only the local adapter counts, which alone is used here.
+    """
+    try:
+        found = [_parameters(find_model(name), settings.method) for name in settings.networks]
+    except ModelError:
+        return Estimate(mean=math.nan, low=math.nan, high=math.nan, n=0)
+    return Estimate(mean=sum(found) / 1e6, low=math.nan, high=math.nan, n=len(found))
+
+
+def _parameters(place: Path, method: Method) -> int:
+    """Numbers in the weights of one network, told from the files' headers."""
+    place = place / LOCAL if method == "uni_controlnet" else place
+    if is_difference(place):
+        return header_of_difference(place).parameters
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    return sum(read_header(file).parameters for file in files)
 
 
 class ConditionJudge:
@@ -136,15 +227,11 @@ def build(
     """The suite of ``n`` cases; eight kinds share them.
 
     Raises:
-        InputError: a network for one kind where all are asked for.
+        InputError: a network for one kind where all are asked for, or guess mode of another method.
         ModelError: the theatre's readers are not in this installation.
     """
-    kinds = settings.kinds
-    if len(kinds) > 1 and "{kind}" not in settings.network and not settings.network.endswith("multi"):
-        raise InputError(
-            f"The network {settings.network!r} would be given every kind of condition. Say its own (kind=…), or write "
-            "{kind} where the names of eight differ."
-        )
+    _check(settings)
+    kinds, title = settings.kinds, _TITLES[settings.method]
 
     def case(number: int) -> Case[tuple[Scene, Kind]]:
         kind, scene = kind_of(number, kinds), sample_scene(FIRST_SCENE + number, "held_out", CORE_MIX)
@@ -155,9 +242,7 @@ def build(
             guidance_scale=settings.guidance_scale,
             seed=settings.seed + number,
         )
-        control = ControlNet(
-            settings.network.format(kind=kind), [condition(scene, kind).picture], scale=settings.scale, kind=kind
-        )
+        control = control_of(settings, condition(scene, kind).picture, kind)
         ours = plain.model_copy(update={"controls": [control]})
         # Both branches are told the same, so that guidance would only cost.
         empty = ours.model_copy(update={"prompt": "", "guidance_scale": 1.0})
@@ -165,8 +250,7 @@ def build(
         if settings.guess:
             guess = control.model_copy(update={"guess_mode": True})
             specs[GUESS] = ours.model_copy(update={"prompt": "", "controls": [guess]})
-        title = f"{kind}: {plain.prompt}"
-        return Case(number, title, (scene, kind), specs, {TRUE: lambda: render(scene)})
+        return Case(number, f"{kind}: {plain.prompt}", (scene, kind), specs, {TRUE: lambda: render(scene)})
 
     judge = ConditionJudge(
         kinds,
@@ -183,13 +267,13 @@ def build(
         )
 
     return Suite(
-        name="controlnet",
-        title="ControlNet: the condition, read again out of what was drawn",
+        name=settings.method,
+        title=f"{title}: the condition, read again out of what was drawn",
         n=n,
         settings=settings,
         arms=(
             Arm(WITHOUT, "no control"),
-            Arm(WITH, "ControlNet"),
+            Arm(WITH, title),
             Arm(EMPTY, "empty prompt"),
             *((Arm(GUESS, "empty prompt, guess mode"),) if settings.guess else ()),
             Arm(TRUE, "true picture (readers)", known=True),
@@ -201,11 +285,36 @@ def build(
             baseline=WITHOUT,
             ours=WITH,
             others=(EMPTY, *((GUESS,) if settings.guess else ())),
+            derived=(Derived(SIZE, "number", lambda _: parameters_of(settings)),),
             note="Every case has one kind of condition, so each row has its share of the cases. The true column is "
             "what is lost by reading alone.",
         ),
-        per_prompt=frozenset({"controlnet.image"}),
-        weights=tuple(dict.fromkeys(settings.network.format(kind=kind) for kind in kinds)),
+        per_prompt=frozenset({"controlnet.image", "t2i_adapter.image", "uni_controlnet.images"}),
+        weights=settings.networks,
         reference=TRUE,
         world=WORLD_VERSION,
     )
+
+
+def build_single(settings: SingleSettings, n: int) -> Suite[tuple[Scene, Kind]]:
+    """The same with a ControlNet for each kind.
+
+    Raises:
+        InputError, ModelError: as `build`.
+    """
+    title = "A ControlNet for each kind: the condition, read again out of what was drawn"
+    return replace(build(settings, n), name="controlnet_single", title=title)
+
+
+def _check(settings: Settings) -> None:
+    """Raises InputError: one network for one kind would be given all, or guess mode where there is none."""
+    for_all = settings.method == "uni_controlnet" or (
+        settings.method == "controlnet" and settings.network.endswith("multi")
+    )
+    if len(settings.kinds) > 1 and "{kind}" not in settings.network and not for_all:
+        raise InputError(
+            f"The network {settings.network!r} would be given every kind of condition. Say its own (kind=…), or write "
+            "{kind} where the names of eight differ."
+        )
+    if settings.guess and settings.method != "controlnet":
+        raise InputError(f"Only a ControlNet has a guess mode; leave guess out with method={settings.method}.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image
 
 from controlroom.backbones.loading import THEATRE, find_model
-from controlroom.core.control import Control
+from controlroom.core.control import Control, Settings
 from controlroom.core.errors import InputError
 from controlroom.core.inputs import file_hash
 from controlroom.core.spec import RunSpec
@@ -110,7 +110,7 @@ def together(specs: Sequence[RunSpec], per_prompt: frozenset[str]) -> RunSpec | 
 
     Args:
         specs: runs of one prompt each.
-        per_prompt: those fields, as ``type.field``.
+        per_prompt: those fields, as ``type.field``; fields of settings whose own fields are such lists count as well.
 
     Example:
         >>> runs = [RunSpec(prompt=word, seed=7 + i) for i, word in enumerate(("cat", "dog"))]
@@ -148,12 +148,24 @@ def _joined(controls: Sequence[Control], per_prompt: frozenset[str]) -> Control 
     for name in type(first).model_fields:
         values = [getattr(control, name) for control in controls]
         if f"{first.type}.{name}" in per_prompt:
-            if not all(isinstance(value, list) for value in values):
+            changed[name] = _listed(values)
+            if changed[name] is None:
                 return None
-            changed[name] = [item for value in values for item in value]
         elif not all(_same(value, values[0]) for value in values):
             return None
     return first.model_copy(update=changed)
+
+
+def _listed(values: Sequence[Any]) -> Any:
+    """One list of all entries, or settings whose fields are such lists; None where they are neither."""
+    if all(isinstance(value, list) for value in values):
+        return [item for value in values for item in value]
+    first = values[0]
+    if not isinstance(first, Settings) or any(type(value) is not type(first) for value in values):
+        return None
+    columns = {name: [getattr(value, name) for value in values] for name in type(first).model_fields}
+    given = {name: _listed(column) for name, column in columns.items() if not all(item is None for item in column)}
+    return None if None in given.values() else type(first)(**given)
 
 
 def _same(first: Any, second: Any) -> bool:

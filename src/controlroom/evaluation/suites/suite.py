@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -40,6 +40,9 @@ class SuiteSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Settings that came when there were journals already, which were measured with their defaults."""
+
     model: str = "theatre"
     """A folder, a hub id that has been downloaded, or ``theatre``."""
     steps: int = Field(default=25, ge=1, le=1000)
@@ -52,6 +55,12 @@ class SuiteSettings(BaseModel):
             super().__init__(**settings)
         except ValidationError as error:
             raise InputError(describe("The suite", error)) from error
+
+    def account(self) -> dict[str, Any]:
+        """As plain data, for the account of a measurement; `later` settings only where they are not the default."""
+        fields = type(self).model_fields
+        unsaid = {name for name in self.later if getattr(self, name) == fields[name].default}
+        return self.model_dump(mode="json", exclude=unsaid)
 
 
 @dataclass(frozen=True)
@@ -251,7 +260,7 @@ class Suite(Generic[Truth]):
         specs = json.dumps({arm: spec.to_data() for arm, spec in sorted(first.specs.items())}, sort_keys=True)
         return {
             "suite": self.name,
-            "settings": self.settings.model_dump(mode="json"),
+            "settings": self.settings.account(),
             "arms": [arm.name for arm in self.arms],
             "world": self.world,
             "first case": hashlib.sha256(f"{first.title}\n{specs}".encode()).hexdigest()[:16],

@@ -23,12 +23,14 @@ class Entry:
         n: cases unless said otherwise.
         module: where it is built, with the settings that it takes as ``Settings``.
         build: function in it.
+        settings: class of its settings in it.
     """
 
     does: str
     n: int
     module: str
     build: str = "build"
+    settings: str = "Settings"
 
 
 _HERE = "controlroom.evaluation.suites"
@@ -72,6 +74,15 @@ SUITES: dict[str, Entry] = {
     "controlnet": Entry(
         "eight kinds of condition, read again out of what was drawn along them", 1600, f"{_HERE}.controlnet"
     ),
+    "controlnet_single": Entry(
+        "the same with a ControlNet for each kind", 1600, f"{_HERE}.controlnet", "build_single", "SingleSettings"
+    ),
+    "t2i_adapter": Entry(
+        "the same with a T2I-Adapter for each kind", 1600, f"{_HERE}.controlnet", "build", "T2IAdapterSettings"
+    ),
+    "uni_controlnet": Entry(
+        "the same with one Uni-ControlNet", 1600, f"{_HERE}.controlnet", "build", "UniControlNetSettings"
+    ),
     "stylise": Entry("what each part of stylising costs, in one ablation", 200, f"{_HERE}.stylise"),
     "inpaint": Entry("a part of a true picture in another colour, the rest kept", 200, f"{_HERE}.inpaint"),
     "depth2img": Entry("depth kept and words followed, beside image to image", 200, f"{_HERE}.depth2img"),
@@ -108,7 +119,7 @@ def open_suite(name: str, n: int | None = None, settings: Mapping[str, Any] | No
     if count < 1:
         raise InputError(f"A suite has at least one case; got {count}.")
     module = import_module(entry.module)
-    return getattr(module, entry.build)(module.Settings(**dict(settings or {})), count)
+    return getattr(module, entry.build)(getattr(module, entry.settings)(**dict(settings or {})), count)
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -117,7 +128,8 @@ def settings_of(name: str) -> dict[str, Any]:
     Raises:
         InputError: an unknown suite.
     """
-    return import_module(_entry(name).module).Settings().model_dump()
+    entry = _entry(name)
+    return getattr(import_module(entry.module), entry.settings)().model_dump()
 
 
 def _entry(name: str) -> Entry:
