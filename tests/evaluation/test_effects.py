@@ -13,6 +13,7 @@ from controlroom.core.errors import InputError
 from controlroom.evaluation import effects, tradeoff
 from controlroom.evaluation.effect_rules import Gain, Joint, Level, NotWorse, Rising, against
 from controlroom.evaluation.effects import MEASURED, MISSING, SECTIONS
+from controlroom.evaluation.suites.controlnet import SIZE
 from controlroom.evaluation.suites.editing import MADE, PSNR
 from controlroom.evaluation.suites.report import Cell, Report, Row
 from controlroom.evaluation.suites.table import SUITES
@@ -162,6 +163,21 @@ def test_what_cannot_be_measured_does_not_stop_the_rest(
     assert effects.main(["--folder", str(tmp_path), "--measure", "instruct_pix2pix", "masactrl"]) == 1
     assert asked == ["instruct_pix2pix", "masactrl"] and "no weights" in capsys.readouterr().err
     assert (tmp_path / "effects.md").is_file()
+
+
+def test_a_suite_with_steps_of_its_own_keeps_them() -> None:
+    """All suites were measured with 20 steps; the one that compares 50 with 20 must have both."""
+    assert {suite: effects.steps_of(suite, None) for suite in MEASURED} == {
+        suite: 50 if suite == "stylise" else 20 for suite in MEASURED
+    }
+    assert effects.steps_of("stylise", 30) == effects.steps_of("masactrl", 30) == 30
+
+
+def test_a_number_of_all_cases_is_shown_without_a_bound(tmp_path: Path) -> None:
+    size = row(SIZE, **{"": cell(12.5)})
+    written(report("t2i_adapter", [], derived=[size]), tmp_path)
+    assert line(effects.effects_page(tmp_path), "T2I-Adapter", SIZE)[2:] == ["12.5", "–", "200", "–"]
+    assert line(effects.effects_page(tmp_path), "Uni-ControlNet", SIZE)[2] == MISSING
 
 
 # The curve.

@@ -22,6 +22,8 @@ from controlroom.evaluation.effect_targets import SWEEP
 from controlroom.evaluation.suites.pages import facts, page
 from controlroom.evaluation.suites.report import Report, read_report, summarise
 
+STEPS = 20
+"""Of suites without a number of their own, where the caller asks for none."""
 #: Heading -> rows under it.
 SECTIONS = {
     "Guidance and editing": effect_targets.TARGETS,
@@ -97,13 +99,32 @@ def _line(target: Target, report: Report | None) -> str:
 
 @dataclass(frozen=True)
 class Wish:
-    """How the suites are run; None leaves a suite's own."""
+    """How the suites are run; None leaves a suite's own.
+
+    Attributes:
+        steps: of the solver; None: `STEPS`, or the suite's own where that is not every suite's default.
+    """
 
     model: str | None = None
     n: int | None = None
     steps: int | None = None
     batch_size: int = 8
     minutes: float | None = None
+
+
+def steps_of(suite: str, asked: int | None) -> int:
+    """Steps to draw a suite with.
+
+    >>> steps_of("stylise", None), steps_of("masactrl", None), steps_of("stylise", 10)
+    (50, 20, 10)
+    """
+    from controlroom.evaluation.suites.suite import SuiteSettings
+    from controlroom.evaluation.suites.table import settings_of
+
+    if asked is not None:
+        return asked
+    own = settings_of(suite)["steps"]
+    return STEPS if own == SuiteSettings().steps else own
 
 
 def measure(suite: str, folder: Path, work: Path, wish: Wish) -> Report:
@@ -124,7 +145,7 @@ def measure(suite: str, folder: Path, work: Path, wish: Wish) -> Report:
     from controlroom.evaluation.suites.runner import run
     from controlroom.evaluation.suites.table import open_suite
 
-    given = {"model": wish.model, "steps": wish.steps}
+    given = {"model": wish.model, "steps": steps_of(suite, wish.steps)}
     opened = open_suite(suite, wish.n, {name: value for name, value in given.items() if value is not None})
     draw = PipelineDrawer(opened.settings.model, opened.weights)
     about = opened.about(draw.fingerprint)
@@ -157,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/effects"), help="for journals and pages with pictures")
     parser.add_argument("--model")
     parser.add_argument("--n", type=int)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}, or a suite's own")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--minutes", type=float, help="begin no batch after so many minutes, of all suites together")
     options = parser.parse_args(arguments)
