@@ -313,6 +313,12 @@ def test_maps_over_pictures() -> None:
     assert marked(plain, (0.5, 0.5)).getbbox() is not None and plain.getbbox() is None
 
 
+def test_half_way_is_half_of_what_is_run(pipe: Pipeline) -> None:
+    """A picture that is started from leaves fewer steps than are asked for."""
+    options = LookOptions(**OPTIONS | {"num_inference_steps": 5})
+    assert look(pipe, "a cat", options=options, controls=[ImageToImage(picture(), 0.4)]).step == 1
+
+
 # Mistakes, and the command.
 
 
@@ -329,6 +335,9 @@ def test_bad_input_is_told(pipe: Pipeline) -> None:
     ):
         with pytest.raises(InputError, match=said):
             look(pipe, *arguments, options=LookOptions(**OPTIONS, **options))
+    shorter = LookOptions(**OPTIONS | {"num_inference_steps": 5, "step": 2})
+    with pytest.raises(InputError, match="Step 2 is not run: there are 2, from 0 to 1"):
+        look(pipe, "a cat", options=shorter, controls=[ImageToImage(picture(), 0.4)])
     with pytest.raises(InputError, match="from 0 to 1"):
         LookOptions(points=((1.2, 0.0),))
     with pytest.raises(InputError, match="colour"):

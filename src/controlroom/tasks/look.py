@@ -52,7 +52,7 @@ class LookOptions(BaseModel):
     words: tuple[str, ...] | None = None
     """Words or phrases; None: every word of the prompts, the first twelve."""
     step: int | None = Field(default=None, ge=0)
-    """From 0; None: half way."""
+    """From 0, of those that are run; None: half way."""
     layer: str | None = None
     """Name of a layer, or how names begin (``up_blocks.1``); None: those at which objects show."""
     resolution: int | None = Field(default=None, ge=1)
@@ -171,23 +171,24 @@ def look(
     prompts = _prompts(prompt, len(images))
     if images and controls:
         raise InputError("Controls act on what is drawn; leave them out where pictures are given.")
-    steps = options.num_inference_steps
-    step = steps // 2 if options.step is None else options.step
-    if step >= steps:
-        raise InputError(f"Step {step} is not run: there are {steps}, from 0 to {steps - 1}. Give a smaller step.")
     spec = RunSpec(
         model=pipe.model,
         prompt=list(prompts),
         negative_prompt=options.negative_prompt,
         controls=list(controls),
-        num_inference_steps=steps,
+        num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
         scheduler="ddim" if images and options.inverted else options.scheduler,
         seed=options.seed,
         height=None if options.size is None else options.size[0],
         width=None if options.size is None else options.size[1],
     )
-    tokens = [prompt_tokens(pipe.backbone.tokenizers()[0], text) for text in plan_run(pipe.backbone, spec).prompts]
+    planned = plan_run(pipe.backbone, spec)
+    steps = planned.plan.n  # fewer than are asked for where a control starts from a picture
+    step = steps // 2 if options.step is None else options.step
+    if step >= steps:
+        raise InputError(f"Step {step} is not run: there are {steps}, from 0 to {steps - 1}. Give a smaller step.")
+    tokens = [prompt_tokens(pipe.backbone.tokenizers()[0], text) for text in planned.prompts]
     words = _words(tokens, options.words)
     observe = _observer(pipe, spec, options)
     if images:
