@@ -116,18 +116,24 @@ def test_no_trace_is_left_after_success_and_failure(case: Case) -> None:
     assert traces(case.pipe) == before
 
 
+@pytest.mark.parametrize(("prompt", "instruction"), [("a cat", "a red hat"), ("make the hat red", None)])
 @torch.no_grad()
-def test_joined_with_an_instruction(tmp_path: Path) -> None:
-    """Words of a fit with a network of four channels, drawn by InstructPix2Pix's of eight."""
+def test_joined_with_an_instruction(tmp_path: Path, prompt: str, instruction: str | None) -> None:
+    """Words of a fit with a network of four channels, drawn by InstructPix2Pix's of eight.
+
+    The instruction stands behind the interpolated words, or is itself what the learned words are interpolated to.
+    """
     folder = tiny_imagic(tiny_unet(9), False, tmp_path / "fit")
     plain = tiny_sd1(in_channels=8)
     pipe = Pipeline.from_diffusers(plain)
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    controls = [InstructPix2Pix(pixels), Imagic(str(folder), 0.7, "base", instruction="a red hat")]
-    found = pipe("a cat", controls=controls, **{**DRAW, "num_inference_steps": 1})
+    controls = [InstructPix2Pix(pixels), Imagic(str(folder), 0.7, "base", instruction=instruction)]
+    found = pipe(prompt, controls=controls, **{**DRAW, "num_inference_steps": 1})
     learned = load_file(str(folder / EMBEDDING))["tokens"]
-    cat, empty, hat = (plain.encode_prompt(text, "cpu", 1, False)[0] for text in ("a cat", "", "a red hat"))
-    joined = torch.cat([0.7 * cat + 0.3 * learned, hat], dim=1)
+    wanted, empty = (plain.encode_prompt(text, "cpu", 1, False)[0] for text in (prompt, ""))
+    joined = 0.7 * wanted + 0.3 * learned
+    if instruction is not None:
+        joined = torch.cat([joined, plain.encode_prompt(instruction, "cpu", 1, False)[0]], dim=1)
     seen = plain.vae.encode(pixels * 2 - 1).latent_dist.mode()
     plain.scheduler.set_timesteps(1)
     x, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5)), plain.scheduler.timesteps[0]
