@@ -20,7 +20,7 @@ from controlroom.evaluation import effect_targets, effect_targets_spatial
 from controlroom.evaluation.effect_rules import Target
 from controlroom.evaluation.effect_targets import SWEEP
 from controlroom.evaluation.suites.pages import facts, page
-from controlroom.evaluation.suites.report import Report, read_report, summarise
+from controlroom.evaluation.suites.report import Report, read_report
 
 STEPS = 20
 """Of suites without a number of their own, where the caller asks for none."""
@@ -140,25 +140,13 @@ def measure(suite: str, folder: Path, work: Path, wish: Wish) -> Report:
         ModelError: weights that are not there.
         InputError: the journal is of another measurement.
     """
-    from controlroom.evaluation.suites.drawing import PipelineDrawer
-    from controlroom.evaluation.suites.journal import Journal
-    from controlroom.evaluation.suites.runner import run
+    from controlroom.evaluation.suites.measuring import measured
     from controlroom.evaluation.suites.table import open_suite
 
     given = {"model": wish.model, "steps": steps_of(suite, wish.steps)}
     opened = open_suite(suite, wish.n, {name: value for name, value in given.items() if value is not None})
-    draw = PipelineDrawer(opened.settings.model, opened.weights)
-    about = opened.about(draw.fingerprint)
-    journal = Journal(work / f"{suite}.cases.jsonl", about)
-    records = run(
-        opened,
-        draw,
-        journal,
-        1 if suite == "imagic" else wish.batch_size,
-        None if wish.minutes is None else wish.minutes * 60,
-        lambda now: print(f"{suite}: {now.done} of {now.n}", flush=True),
-    )
-    report = summarise(opened, records, about)
+    together = 1 if suite == "imagic" else wish.batch_size
+    report = measured(opened, work / f"{suite}.cases.jsonl", together, wish.minutes)
     write_text_atomically(work / f"{suite}.html", page(report))
     kept = report.model_copy(update={"picked": []})
     (folder / REPORTS).mkdir(parents=True, exist_ok=True)
