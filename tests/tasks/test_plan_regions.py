@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from controlroom.app.cli import main
+from controlroom.backbones.text_writer import load_text_writer
+from controlroom.controls.edit_sentences import sentences_from_model
 from controlroom.controls.regions.regional_prompts import RegionalPrompts
 from controlroom.core.errors import InputError, ModelError
 from controlroom.core.spec import RunSpec
@@ -121,8 +125,57 @@ def test_a_model_that_talks_nonsense(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no folder"):
         plan_regions("a cat and a dog", PlannerSettings(text_model=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="holds no chat model"):
+    with pytest.raises(ModelError, match="no causal language model"):
         plan_regions("a cat and a dog", PlannerSettings(text_model=str(tmp_path / "empty")))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}ok", None),
+        ("{{ raise_exception('I refuse') }}", "cannot be used: I refuse"),
+        ("{{ messages[0].nothing.more }}", "cannot be used"),
+        ("{% if %}", "cannot be used"),
+    ],
+)
+def test_templates_that_refuse(template: str, said: str | None, tmp_path: Path) -> None:
+    folder = tiny_language_model(tmp_path)
+    (folder / "chat_template.jinja").write_text(template)
+    chosen = PlannerSettings(text_model=str(folder), retries=1, new_tokens=8)
+    with pytest.raises(ModelError, match=said or "gave no plan in 2 attempts"):
+        plan_regions("a cat and a dog", chosen)
+
+
+def test_the_systems_part_goes_to_the_user_where_it_is_refused(tmp_path: Path) -> None:
+    folder = tiny_language_model(tmp_path)
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(
+        refusing + "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    )
+    writer = load_text_writer(str(folder), "")
+    said = [{"role": "system", "content": "Plan."}, {"role": "user", "content": "a cat"}]
+    assert writer.as_text([*said, {"role": "assistant", "content": "no"}]) == "[user] Plan.\n\na cat [assistant] no "
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("model.safetensors", b"nothing"), ("tokenizer.json", b'{"version": "1.0", "model": 3}'), ("config.json", b"{")],
+)
+def test_broken_models_are_named(name: str, data: bytes, tmp_path: Path) -> None:
+    folder = tiny_language_model(tmp_path)
+    (folder / name).write_bytes(data)
+    with pytest.raises(ModelError, match="writer' is no causal language model.*plans then come from rules"):
+        plan_regions("a cat and a dog", PlannerSettings(text_model=str(folder)))
+
+
+def test_pickles_are_not_opened(tmp_path: Path) -> None:
+    folder = tiny_language_model(tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no causal language model in safetensors"):
+        plan_regions("a cat and a dog", PlannerSettings(text_model=str(folder)))
+    with pytest.raises(ModelError, match="sentences then come from rules"):
+        sentences_from_model(folder, "cat", 1)
 
 
 class Service:
@@ -205,6 +258,9 @@ def test_an_endpoint_that_is_not_there(service: Service) -> None:
     service.server.server_close()
     with pytest.raises(ModelError, match="does not answer.*Is it running"):
         plan_regions("a cat and a dog", PlannerSettings(endpoint=address, timeout=2))
+    for place in ("http://localhost:abc/v1", "http://localhost:99999999/v1", "http://[::1/v1"):
+        with pytest.raises(ModelError, match="does not answer"):
+            plan_regions("a cat and a dog", PlannerSettings(endpoint=place, timeout=2))
     for bad in ({"endpoint": "ftp://x"}, {"retries": -1}, {"model": "x"}, {"text_model": "x", "endpoint": address}):
         with pytest.raises(InputError):
             PlannerSettings(**bad)

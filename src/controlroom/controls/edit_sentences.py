@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from typing import Any
 
-from controlroom.core.errors import InputError, ModelError
+from controlroom.core.errors import InputError
 
 _OPENINGS = (
     "{a}",
@@ -127,47 +126,20 @@ def sentences_from_model(
     thing = _thing(thing)
     if count < 1 or new_tokens < 1:
         raise InputError(f"{count} sentences of {new_tokens} new tokens are none; ask for one or more.")
-    tokenizer, network = _loaded(os.fspath(model))
+    from controlroom.backbones.text_writer import load_text_writer
+
+    writer = load_text_writer(os.fspath(model), "sentences then come from rules")
     import torch
 
     found: dict[str, None] = {}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for attempt in range(2 * count):
             if len(found) >= count:
                 break
             start = _filled(_STARTS[attempt % len(_STARTS)], thing)
-            ids = tokenizer(start, return_tensors="pt", add_special_tokens=False).input_ids
-            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-            try:
-                written = network.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=True,
-                    max_new_tokens=new_tokens,
-                    pad_token_id=pad,
-                )
-            except (RuntimeError, IndexError, ValueError) as error:
-                raise ModelError(
-                    f"{os.fspath(model)!r} does not write text: {' '.join(str(error).split())[:200]}"
-                ) from error
-            rest = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-            found[_sentence(start, rest)] = None
+            found[_sentence(start, writer.write(start, new_tokens, sampled=True))] = None
     return list(found)
-
-
-def _loaded(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
-        return tokenizer, AutoModelForCausalLM.from_pretrained(name, local_files_only=True).eval()
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{name!r} is no causal language model on this machine ({reason}). Give the folder of one, or leave it "
-            "out: sentences then come from rules."
-        ) from error
 
 
 def _sentence(start: str, rest: str) -> str:

@@ -16,14 +16,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from controlroom.backbones.text_writer import Message, load_text_writer
 from controlroom.controls.regions.regional_prompts import RegionalPrompts
 from controlroom.controls.split_ratios import split_boxes
 from controlroom.core.control import describe
 from controlroom.core.errors import InputError, ModelError
 from controlroom.core.spec import RunSpec
 
-Message = dict[str, str]
-"""``role`` and ``content``, as chat models take them."""
 Ask = Callable[[Sequence[Message]], str]
 MAX_ANSWER_BYTES = 1_000_000
 MAX_REGIONS = 16
@@ -295,48 +294,15 @@ def chat_model(folder: str, new_tokens: int = 400) -> Ask:
     Raises:
         ModelError: no model there, or one that does not write text.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if not os.path.isdir(folder):
         raise ModelError(f"There is no folder {folder!r} with a chat model of transformers.")
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        network: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{folder!r} holds no chat model: {' '.join(str(error).split())[:200]}") from error
-
-    def ask(messages: Sequence[Message]) -> str:
-        import torch
-
-        if getattr(tokenizer, "chat_template", None):
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        else:
-            text = "\n\n".join(f"{one['role']}: {one['content']}" for one in messages) + "\n\nassistant: "
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-        limit = getattr(network.config, "max_position_embeddings", None)
-        if limit is not None:
-            # The end counts: it has the prompt and what was wrong.
-            ids = ids[:, -max(1, limit - new_tokens) :]
-        count = new_tokens if limit is None else max(1, min(new_tokens, limit - ids.shape[1]))
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        try:
-            with torch.no_grad():
-                written = network.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=False,
-                    max_new_tokens=count,
-                    pad_token_id=pad,
-                )
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise ModelError(f"{folder!r} does not write text: {' '.join(str(error).split())[:200]}") from error
-        return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
-
-    return ask
+    writer = load_text_writer(folder, "plans then come from rules")
+    return lambda messages: writer.write(writer.as_text(messages), new_tokens)
 
 
 def endpoint(settings: PlannerSettings) -> Ask:
     """An OpenAI-compatible service; contacted when it is asked, and not before."""
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -345,16 +311,16 @@ def endpoint(settings: PlannerSettings) -> Ask:
     def ask(messages: Sequence[Message]) -> str:
         body = {"model": settings.endpoint_model, "messages": list(messages), "temperature": 0}
         headers = {"Content-Type": "application/json"}
-        key = os.environ.get(settings.key_variable, "")
+        key = os.environ.get(settings.key_variable, "").strip()
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
+            request = urllib.request.Request(address, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=settings.timeout) as response:
                 data = response.read(MAX_ANSWER_BYTES + 1)
         except urllib.error.HTTPError as error:
             raise ModelError(f"The planner at {address} answered {error.code} ({error.reason}).") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
             why = getattr(error, "reason", error)
             raise ModelError(f"The planner at {address} does not answer ({why}). Is it running?") from error
         if len(data) > MAX_ANSWER_BYTES:
