@@ -101,6 +101,28 @@ def test_errors_name_the_field(text: str, message: str) -> None:
         RunSpec.from_json(text)
 
 
+TENSORS = [
+    "latents",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+]
+
+
+@pytest.mark.parametrize("field", TENSORS)
+@pytest.mark.parametrize("given", ["hello", "[[1, 2]]", "3", "{a: 1}", "{$image: x}", "{$bytes: AAAA}"])
+def test_what_is_no_tensor_is_refused_by_name(field: str, given: str) -> None:
+    with pytest.raises(InputError, match=f"{field} must be a tensor|damaged"):
+        RunSpec.from_yaml(f"{field}: {given}")
+
+
+@pytest.mark.parametrize("value", [np.array(["a"]), torch.tensor(1.0), torch.zeros(0, 77, 8), np.zeros((1, 0))])
+def test_a_tensor_must_hold_something(value: Any) -> None:
+    with pytest.raises(InputError, match="prompt_embeds"):
+        RunSpec(prompt_embeds=value)
+
+
 def test_yaml_makes_no_objects() -> None:
     with pytest.raises(InputError, match="YAML"):
         RunSpec.from_yaml("prompt: !!python/object/apply:os.system ['true']")

@@ -320,6 +320,14 @@ def test_png_replays_byte_for_byte(pipe: Pipeline, tmp_path: Path) -> None:
     assert "Negative prompt: dog\nSteps: 2" in result.images[1].text["parameters"]
 
 
+def test_arrays_are_taken_as_tensors_are(pipe: Pipeline) -> None:
+    torch.manual_seed(0)
+    given = {"prompt_embeds": torch.randn(1, 16, 32), "negative_prompt_embeds": torch.randn(1, 16, 32)}
+    given["latents"] = torch.randn(1, 4, 16, 16)
+    drawn = [pipe(**kept, **DRAW).images for kept in (given, {name: x.numpy() for name, x in given.items()})]
+    assert torch.equal(*drawn)
+
+
 def test_generator_replays_too(pipe: Pipeline, tmp_path: Path) -> None:
     result = pipe("cat", num_inference_steps=2, generator=torch.Generator().manual_seed(3))
     result.images[0].save(tmp_path / "cat.png")

@@ -72,6 +72,14 @@ def decode(value: Any) -> Any:
     return {key: decode(item) for key, item in value.items()}
 
 
+def as_tensor(value: Any) -> Any:
+    """An array as the tensor of the same numbers; a tensor is returned as it is."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+
+
 def file_hash(path: str | os.PathLike[str]) -> str | None:
     """SHA-256 of a file; None if there is no such file."""
     try:

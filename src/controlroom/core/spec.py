@@ -10,7 +10,16 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, SerializeAsAny, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+)
 
 from controlroom.core import inputs
 from controlroom.core.control import Control, describe
@@ -18,8 +27,24 @@ from controlroom.core.errors import InputError
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
-TensorInput = Annotated[Any, BeforeValidator(inputs.decode), PlainSerializer(inputs.encode, when_used="json")]
-"""A tensor (or array) that travels with the run; see `controlroom.core.inputs`."""
+
+def _read_tensor(value: Any, field: ValidationInfo) -> Any:
+    value = inputs.decode(value)
+    if value is None:
+        return None
+    shape, kind = getattr(value, "shape", None), getattr(getattr(value, "dtype", None), "kind", "f")
+    if not isinstance(shape, tuple) or not hasattr(value, "ndim") or kind not in "fiu":
+        raise InputError(
+            f"{field.field_name} must be a tensor (or an array of numbers), got {value!r:.80}. In a file, tensors stand "
+            "as a saved run has them."
+        )
+    if not shape or 0 in shape:
+        raise InputError(f"{field.field_name} is a tensor of the shape {tuple(shape)}, with nothing in it to use.")
+    return inputs.as_tensor(value)
+
+
+TensorInput = Annotated[Any, BeforeValidator(_read_tensor), PlainSerializer(inputs.encode, when_used="json")]
+"""A tensor that travels with the run, given as one or as an array; see `controlroom.core.inputs`."""
 
 
 def _read_control(value: Any) -> Any:

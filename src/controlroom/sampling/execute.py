@@ -226,6 +226,9 @@ def _given(run: Run, spec: RunSpec, embeds: Any, pooled: Any, name: str) -> Cond
     if run.backbone.name == "sdxl" and pooled is None:
         raise InputError(f"With {name} Stable Diffusion XL needs its pooled_{name.removeprefix('negative_')} too.")
 
+    if pooled is not None and pooled.ndim != 2:
+        raise InputError(f"The pooled tensor of {name} has the shape {tuple(pooled.shape)}; expected [rows, width].")
+
     def rows(x: Any) -> torch.Tensor:
         x = x.to(device=run.device, dtype=run.dtype)
         if run.images % x.shape[0]:
