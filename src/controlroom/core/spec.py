@@ -35,8 +35,8 @@ def _read_tensor(value: Any, field: ValidationInfo) -> Any:
     shape, kind = getattr(value, "shape", None), getattr(getattr(value, "dtype", None), "kind", "f")
     if not isinstance(shape, tuple) or not hasattr(value, "ndim") or kind not in "fiu":
         raise InputError(
-            f"{field.field_name} must be a tensor (or an array of numbers), got {value!r:.80}. In a file, tensors stand "
-            "as a saved run has them."
+            f"{field.field_name} must be a tensor (or an array of numbers), got {value!r:.80}. In a file, tensors "
+            "stand as a saved run has them."
         )
     if not shape or 0 in shape:
         raise InputError(f"{field.field_name} is a tensor of the shape {tuple(shape)}, with nothing in it to use.")
