@@ -53,6 +53,7 @@ def test_sentences_of_files_and_of_a_language_model(here: Path, capsys: pytest.C
     [
         (("-o", "d.png"), ".safetensors"),
         (("-o", "nowhere/d.safetensors"), "nowhere"),
+        (("-o", f"{'x' * 300}.safetensors"), "file name too long"),
         (("-o", "d.safetensors", "--sentences-from", "missing.txt"), "missing.txt"),
         (("-o", "d.safetensors", "--text-model", "missing"), "causal language model"),
         (("-o", "d.safetensors", "--from", " "), "word"),

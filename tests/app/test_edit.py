@@ -100,6 +100,7 @@ def test_a_target_alone_is_drawn_over_the_picture(here: Path, capsys: pytest.Cap
         ((*WORDS, "-o", "nowhere/x.png"), "nowhere"),
         ((*WORDS, "--inversion", "x.png"), "'x.png' is not the name of an inversion"),
         ((*WORDS, "--inversion", "small.safetensors"), "small.safetensors"),
+        ((*WORDS, "--inversion", f"{'x' * 300}.safetensors"), "file name too long"),
         ((*WORDS, "--method", "imagic"), "--fit"),
     ],
 )

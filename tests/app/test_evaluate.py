@@ -111,6 +111,8 @@ def test_suites_are_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["captions", "--set", "colour=red"], "colour"),
         (["captions", "--steps", "0"], "steps"),
         (["captions", "-o", "report.txt"], "ends with .json"),
+        (["x" * 300], "There is no suite 'xxx"),
+        (["captions", "-o", f"{'x' * 300}.json"], "file name too long"),
         (["captions", "-o", "no/report.json"], "does not exist"),
         (["captions", "--against", "no.json"], "cannot be read"),
         (["captions", "--model", "./nowhere"], "There is no model"),

@@ -35,15 +35,44 @@ def destinations(path: str | os.PathLike[str], count: int = 1) -> tuple[Path, ..
             f"{given!r} does not end with .png. Results are PNG files, which carry the run that drew them; write "
             f"{str(target.with_name(target.stem + '.png'))!r}."
         )
-    folder = target.parent
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise OutputError(f"Cannot write {given!r}: the folder {str(folder)!r} {what}. Create it first.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"Cannot write {given!r}: no permission in {str(folder)!r}. Choose another folder.")
+    _check_folder(given)
     if count == 1:
         return (target,)
     return tuple(target.with_name(f"{target.stem}_{index}{target.suffix}") for index in range(count))
+
+
+def destination(path: str, suffix: str, what: str) -> Path:
+    """The file that something other than pictures is written to.
+
+    Args:
+        path: as it was given.
+        suffix: its ending.
+        what: what is written, with an article, for the message.
+
+    Raises:
+        OutputError: another ending, a folder, a name that is too long, or its folder is not there or cannot be written
+            to.
+    """
+    if not path or "\0" in path or Path(path).suffix.lower() != suffix or os.path.isdir(path):
+        raise OutputError(f"{path!r:.200} is not the name of {what}; give a file that ends with {suffix}.")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise OutputError(f"Cannot write {path!r:.200}: {(error.strerror or str(error)).lower()}.") from error
+    _check_folder(path)
+    return Path(path)
+
+
+def _check_folder(path: str) -> None:
+    """The folder of a file is there and can be written to. Raises OutputError."""
+    folder = str(Path(path).parent)
+    if not os.path.isdir(folder):
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise OutputError(f"Cannot write {path!r}: the folder {folder!r} {what}. Create it first.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"Cannot write {path!r}: no permission in {folder!r}. Choose another folder.")
 
 
 def same_file(target: Path, other: str) -> bool:

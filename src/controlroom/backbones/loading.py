@@ -52,9 +52,9 @@ def find_model(model: str | os.PathLike[str], what: str = "model") -> Path:
     if name.lower().endswith(PICKLES):
         raise pickle_refused(name, what)
     parts = name.split("/")
-    if parts[0] == THEATRE and len(parts) > 1 and not Path(name).exists():
+    if parts[0] == THEATRE and len(parts) > 1 and not os.path.exists(name):
         place = theatre_folder().joinpath(*parts[1:])
-        if ".." in parts or not place.exists():
+        if ".." in parts or not os.path.exists(place):
             known = sorted(
                 p.name for p in theatre_folder().glob("*") if p.is_dir() and not p.name.startswith((".", "_"))
             )
@@ -87,7 +87,7 @@ def _find_downloaded(parts: list[str], name: str, what: str) -> Path:
             f"it with: hf download {repository}"
         ) from error
     place = folder.joinpath(*parts[2:])
-    if ".." in parts or not place.exists():
+    if ".." in parts or not os.path.exists(place):
         raise ModelError(f"{repository!r} was downloaded, but has no {'/'.join(parts[2:])!r}. Check the name.")
     return place
 
@@ -215,12 +215,12 @@ def load_backbone(
         raise pickle_refused(name, "model")
     if name == THEATRE and not (path / "model_index.json").is_file():
         raise ModelError(f"The theatre's checkpoint is not in this installation ({path}). Reinstall the package.")
-    if name.startswith(f"{THEATRE}/") and not path.exists():
+    if name.startswith(f"{THEATRE}/") and not os.path.exists(path):
         pipeline = _load_theatre_with(name, dtype)
-    elif path.is_dir():
+    elif os.path.isdir(path):  # false for a name that is too long, where Path raises
         check_folder(path, variant)
         pipeline = _load_folder(path, dtype, variant)
-    elif path.is_file():
+    elif os.path.isfile(path):
         pipeline = load_single_file(path, dtype, None if config is None else Path(config))
     elif name.endswith(".safetensors") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"There is no model at {name!r}. Check the path.")

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json as json_module
-import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from controlroom.core.errors import OutputError
 
 
 def direction(
@@ -30,11 +26,11 @@ def direction(
     json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
     """Write a direction for Pix2Pix-Zero: the mean embedding of many sentences about one thing minus another's."""
-    from controlroom.app import runs
+    from controlroom.app import output, runs
     from controlroom.controls.edit_direction import edit_direction
     from controlroom.controls.edit_sentences import read_sentences, sentences_about, sentences_from_model
 
-    file = _destination(out)
+    file = output.destination(out, ".safetensors", "a direction")
     runs.quiet_libraries()
 
     def sentences(thing: str, path: str | None) -> list[str]:
@@ -62,19 +58,3 @@ def direction(
         typer.echo(json_module.dumps(data, ensure_ascii=False))
     else:
         typer.echo(str(file))
-
-
-def _destination(out: str) -> Path:
-    """Where it is written, checked before anything is computed.
-
-    Raises:
-        OutputError: another ending, a folder, or one that is not there or cannot be written to.
-    """
-    file = Path(out)
-    if "\0" in out or file.suffix.lower() != ".safetensors" or file.is_dir():
-        raise OutputError(f"{out!r} is not the name of a direction; give a file that ends with .safetensors.")
-    if not file.parent.is_dir():
-        raise OutputError(f"Cannot write {out!r}: the folder {str(file.parent)!r} does not exist. Create it first.")
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"Cannot write {out!r}: no permission in {str(file.parent)!r}. Choose another folder.")
-    return file

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from controlroom.app.commands.generate import parse_size
-from controlroom.core.errors import InputError, OutputError
+from controlroom.core.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -81,7 +81,7 @@ def edit(
             if path is not None and output.same_file(written, path):
                 raise InputError(f"{str(written)!r} is the {name} itself, which would be lost. Choose another name.")
     if inversion is not None:
-        _check_inversion(inversion)
+        output.destination(inversion, ".safetensors", "an inversion")
     given: dict[str, Any] = {
         "mask": mask,
         "mask_words": mask_words,
@@ -164,16 +164,3 @@ def _shown(plan: EditPlan) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total)
 
         yield progress
-
-
-def _check_inversion(path: str) -> None:
-    """Where the inversion is kept, checked before anything is computed.
-
-    Raises:
-        OutputError: another ending, a folder, or one that is not there.
-    """
-    file = Path(path)
-    if "\0" in path or file.suffix.lower() != ".safetensors" or file.is_dir():
-        raise OutputError(f"{path!r} is not the name of an inversion; give a file that ends with .safetensors.")
-    if not file.parent.is_dir():
-        raise OutputError(f"Cannot write {path!r}: the folder {str(file.parent)!r} does not exist. Create it first.")

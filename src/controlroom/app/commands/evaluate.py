@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from controlroom.core.errors import InputError, OutputError
+from controlroom.core.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,15 +60,16 @@ def evaluate(
     if suite is None:
         _list(json)
         return
-    from controlroom.app import runs
+    from controlroom.app import output, runs
     from controlroom.evaluation.suites.drawing import PipelineDrawer
     from controlroom.evaluation.suites.journal import Journal
     from controlroom.evaluation.suites.judges import with_extractor
     from controlroom.evaluation.suites.report import compare, read_report, summarise
     from controlroom.evaluation.suites.runner import run
-    from controlroom.evaluation.suites.table import open_suite
+    from controlroom.evaluation.suites.table import open_suite, settings_of
 
-    target = _target(suite if out is None else out, named=out is not None)
+    settings_of(suite)  # an unknown suite is said first
+    target = output.destination(f"{suite}.json" if out is None else out, ".json", "a JSON file")
     before = None if against is None else read_report(Path(against))
     given: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed, "model": model}
     chosen = {name: value for name, value in given.items() if value is not None} | _settings(settings or [])
@@ -113,20 +114,6 @@ def _list(json: bool) -> None:
         return
     width = max(map(len, SUITES))
     typer.echo("\n".join(f"{name:<{width}}  {entry.n:>4}  {entry.does}" for name, entry in SUITES.items()))
-
-
-def _target(path: str, named: bool) -> Path:
-    """The JSON file of the report.
-
-    Raises:
-        OutputError: another ending, or its folder is not there.
-    """
-    target = Path(path) if named else Path(f"{path}.json")
-    if not path or "\0" in path or target.suffix != ".json" or target.is_dir():
-        raise OutputError(f"{path!r} is not the name of a JSON file; give one that ends with .json.")
-    if not target.parent.is_dir():
-        raise OutputError(f"Cannot write {path!r}: the folder {str(target.parent)!r} does not exist. Create it first.")
-    return target
 
 
 def _settings(given: list[str]) -> dict[str, Any]:
