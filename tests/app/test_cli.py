@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from controlroom.app.cli import main
-from controlroom.core.png import read_png_text
+from controlroom.app.cli import app, main
+from controlroom.core.png import read_png_text, save_png
+from controlroom.core.spec import RunSpec
 from tests.saved import tiny_folder
 
 
@@ -42,6 +46,13 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def draw(model: str, *arguments: str) -> int:
     return main(["generate", "a red cat", "--model", model, "--steps", "2", "--seed", "3", *arguments])
+
+
+def test_every_command_prints_json() -> None:
+    """As docs/cli.md says."""
+    commands = app.registered_commands
+    without = [c.callback.__name__ for c in commands if c.callback and "json" not in signature(c.callback).parameters]
+    assert len(commands) > 15 and without == []
 
 
 def test_help_loads_neither_torch_nor_diffusers() -> None:
@@ -187,6 +198,8 @@ def test_a_prompt_of_10000_characters_is_cut_and_said_so(
         (["cat", "-o", "cat.png", "--guidance-scale", "nan"], "guidance_scale"),
         (["cat", "-o", "cat.png", "--model", "no/such/model/at/all"], "no model"),
         (["cat", "-o", "cat.png", "--model", "evil.ckpt"], "pickle"),
+        (["cat", "-o", "cat.png", "--model", "x" * 300], "cannot be loaded"),
+        (["cat", "-o", "cat.png", "--model", f"theatre/{'x' * 300}"], "theatre"),
         (["--config", "missing.yaml"], "does not exist"),
         (["--config", "."], "not a file"),
         (["x" * 2_000_000, "-o", "cat.png"], "characters"),
@@ -286,6 +299,40 @@ def test_replay_says_what_it_cannot_restore(here: Path, model: str, capsys: pyte
     assert "Create it first" in failed(capsys, "replay", "cat.png", "-o", "no/such/cat.png")
     # A model that has moved is given by name; the file still comes out the same.
     assert main(["replay", "cat.png", "--model", "moved", "--verify"]) == 0
+
+
+def test_a_run_on_standard_input_may_be_a_png(
+    here: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert draw(model, "-o", "cat.png") == 0
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(Path("cat.png").read_bytes())))
+    assert main(["explain", "-"]) == 0
+    assert "2 steps, 4 UNet rows in 2 passes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"index": float("inf")},
+        {"index": 1},
+        {"index": -1},
+        {"index": None},
+        {"inputs": {"a": "b"}},
+        {"inputs": {"a": {}}},
+        {"inputs": {"a": {"path": 3, "sha256": ""}}},
+        {"inputs": [1]},
+        {"replayable": False, "reasons": 3},
+        {"spec": []},
+    ],
+)
+def test_a_damaged_run_in_a_png_is_one_line(
+    here: Path, model: str, capsys: pytest.CaptureFixture[str], damage: dict[str, object]
+) -> None:
+    data = {"spec": RunSpec(model=model).to_data(), "index": 0, "inputs": {}, "replayable": True} | damage
+    save_png(Image.new("RGB", (8, 8)), "cat.png", {"controlroom": json.dumps(data)})
+    assert failed(capsys, "replay", "cat.png")
+    assert failed(capsys, "explain", "cat.png")
 
 
 def test_a_defect_is_short_and_debug_shows_its_trace(

@@ -435,7 +435,8 @@ class TestFile:
         broken[0] = float("nan")
         (tmp_path / "nan.safetensors").write_bytes(replace(good, latents=broken).to_bytes())
         (tmp_path / "few.safetensors").write_bytes(replace(good, latents=good.latents[:1]).to_bytes())
-        for name in ("other", "empty", "cut", "text", "old", "nan", "few", "missing"):
+        (tmp_path / "endless.safetensors").write_bytes(data.replace(b"[1, 501]", b"[1e9999]"))
+        for name in ("endless", "other", "empty", "cut", "text", "old", "nan", "few", "missing"):
             with pytest.raises(InputError, match=name):
                 Inversion.load(tmp_path / f"{name}.safetensors")
         with pytest.raises(InputError):

@@ -43,7 +43,7 @@ def read_run(path: str) -> RunSpec:
     if data.startswith(b"\x89PNG"):
         from controlroom.sampling.manifest import read_recorded
 
-        return read_recorded(path).spec
+        return read_recorded(data if path == "-" else path).spec
     try:
         return RunSpec.from_data(_yaml(data))
     except InputError as error:

@@ -203,7 +203,7 @@ class Inversion:
             raise InputError(f"{name} is not an inversion of controlroom. Give a file that Inversion.save wrote.")
         try:
             found = cls._read(json.loads(header[KEY]), tensors)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InputError(f"{name} is a damaged inversion ({error!r:.200}). Invert the picture again.") from error
         found._check(name)
         return found

@@ -100,33 +100,39 @@ class Recorded:
     manifest: dict[str, Any]
 
 
-def read_recorded(path: str | os.PathLike[str]) -> Recorded:
-    """Read the run out of a PNG.
+def read_recorded(source: str | os.PathLike[str] | bytes) -> Recorded:
+    """Read the run out of a PNG: a file, or its bytes.
 
     Raises:
         InputError: not a PNG of controlroom, one that cannot be replayed, or inputs that have changed since.
     """
-    text = read_png_text(path)
+    text = read_png_text(source)
+    name = "The PNG given" if isinstance(source, bytes) else repr(os.fspath(source))
     if KEY not in text:
         hint = " It has a parameters line of another program." if "parameters" in text else ""
-        raise InputError(f"{os.fspath(path)!r} carries no run of controlroom.{hint} Give a PNG that controlroom wrote.")
+        raise InputError(f"{name} carries no run of controlroom.{hint} Give a PNG that controlroom wrote.")
     try:
         data = json.loads(text[KEY])
         index, stored = int(data["index"]), data["spec"]
-        hashes = dict(data.get("inputs", {}))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"The run in {os.fspath(path)!r} is damaged ({error}). Give an undamaged PNG.") from error
+        hashes = {str(where): (entry["path"], entry["sha256"]) for where, entry in data.get("inputs", {}).items()}
+        reasons = [str(why) for why in data.get("reasons", [])]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(f"The run in {name} is damaged ({error!r:.200}). Give an undamaged PNG.") from error
     if not data.get("replayable", True):
-        raise InputError(f"{os.fspath(path)!r} cannot be drawn again: {'; '.join(map(str, data.get('reasons', [])))}.")
-    for where, entry in hashes.items():
-        now = inputs.file_hash(str(entry.get("path", ""))) if isinstance(entry, dict) else None
+        raise InputError(f"{name} cannot be drawn again: {'; '.join(reasons)}.")
+    for where, (path, before) in hashes.items():
+        now = inputs.file_hash(path) if isinstance(path, str) else None
         if now is None:
-            raise InputError(f"The input {where} of this run, {entry['path']!r}, is not there. Put it back.")
-        if now != entry.get("sha256"):
-            raise InputError(
-                f"The input {where} of this run, {entry['path']!r}, has changed since. Put the old one back."
-            )
-    return Recorded(RunSpec.from_data(stored), index, data)
+            raise InputError(f"The input {where} of this run, {path!r}, is not there. Put it back.")
+        if now != before:
+            raise InputError(f"The input {where} of this run, {path!r}, has changed since. Put the old one back.")
+    spec = RunSpec.from_data(stored)
+    if not 0 <= index < spec.num_images:
+        raise InputError(
+            f"The run in {name} is damaged: it says to be picture {index} (from 0) of {spec.num_images}. Give an "
+            "undamaged PNG."
+        )
+    return Recorded(spec, index, data)
 
 
 def _omitted(data: Any, where: str = "") -> list[str]:
