@@ -152,7 +152,13 @@ def is_pose(source: Any) -> bool:
     """Whether a source is a pose rather than a picture."""
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
-        return isinstance(text, str) and (text.lower().endswith(".json") or text.lstrip()[:1] in ("{", "["))
+        if not isinstance(text, str) or text.lower().endswith(".json"):
+            return isinstance(text, str)
+        if text.lstrip()[:1] in ("{", "["):
+            from controlroom.signals.pose.source import is_json
+
+            return is_json(text)  # the name of a picture may begin so too
+        return False
     return isinstance(source, Pose | Mapping)
 
 

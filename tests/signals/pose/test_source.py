@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from controlroom.controls.condition_map import is_pose
 from controlroom.core.errors import InputError
 from controlroom.core.pose import Pose
-from controlroom.signals.pose.openpose_json import openpose_json, write_openpose
+from controlroom.signals.pose.openpose_json import openpose_json, read_openpose, write_openpose
 from controlroom.signals.pose.skeleton import draw_skeleton
 from controlroom.signals.pose.source import PoseReader, read_pose
 from tests.signals.pose.figures import draw_stick_figure, random_pose, without
@@ -49,6 +50,18 @@ def test_json_in_every_form(tmp_path: Path) -> None:
         reading = read_pose(form, reader)
         assert (reading.pose, reading.kind, reading.reader, reading.image) == (POSE, "json", "json", None)
     assert not reader.seen
+
+
+def test_names_may_begin_as_json_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("[anna].json", "{anna}.txt", "[anna]"):
+        write_openpose(name, POSE)
+        assert read_pose(name).pose == read_openpose(name) == POSE and is_pose(name)
+    draw_skeleton(POSE).save("[drawn].png")
+    assert read_pose("[drawn].png").kind == "skeleton" and not is_pose("[drawn].png")
+    assert is_pose(openpose_json(POSE)) and read_pose("\ufeff" + openpose_json(POSE)).pose == POSE
+    with pytest.raises(InputError, match="The pose document is not JSON"):
+        read_pose("[missing].json")
 
 
 def test_a_pose_is_itself() -> None:

@@ -22,6 +22,7 @@ from controlroom.core.pose import JOINTS, Keypoints, Pose
 from controlroom.signals.pose.openpose_document import EXPECTED, OpenPoseDocument, Person, parse_document
 
 MAX_BYTES: Final = 32 * 1024 * 1024
+_LONGEST_PATH: Final = 4096
 DECIMALS: Final = 3  # thousandths of a pixel
 
 
@@ -119,10 +120,17 @@ def _person_json(pose: Pose) -> str:
     return '{\n"person_id": [-1],\n' + ",\n".join(block(key, part) for key, part in parts) + "\n}"
 
 
+def is_json_text(source: Any) -> bool:
+    """Whether a text is a JSON document itself, rather than the path of one; a file's name may begin as one does."""
+    if not isinstance(source, str) or source.lstrip("\ufeff \t\r\n")[:1] not in ("{", "["):
+        return False
+    return len(source) > _LONGEST_PATH or not os.path.isfile(source)
+
+
 def _parsed(source: Any, name: str) -> Any:
     """The JSON document as Python objects."""
-    if isinstance(source, str) and source.lstrip()[:1] in ("{", "["):
-        data: bytes | str = source
+    if is_json_text(source):
+        data: bytes | str = source.lstrip("\ufeff")
     elif isinstance(source, bytes | bytearray):
         data = bytes(source)
     elif isinstance(source, str | os.PathLike):
@@ -163,7 +171,7 @@ def _file_bytes(source: Any, name: str) -> bytes:
 
 
 def _describe(source: Any) -> str:
-    if isinstance(source, str) and source.lstrip()[:1] not in ("{", "["):
+    if isinstance(source, str) and not is_json_text(source):
         text = repr(source)
         return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"
     return repr(os.fspath(source)) if isinstance(source, os.PathLike) else "The pose document"

@@ -19,7 +19,7 @@ from controlroom.core.images import ImageSource, load_image
 from controlroom.core.pose import Pose
 from controlroom.signals.pose.doodle import DoodleReader
 from controlroom.signals.pose.openpose_document import Person
-from controlroom.signals.pose.openpose_json import read_document, require_torso
+from controlroom.signals.pose.openpose_json import is_json_text, read_document, require_torso
 from controlroom.signals.pose.paper import classify
 from controlroom.signals.pose.skeleton_reader import recognise_skeleton
 
@@ -82,7 +82,7 @@ def read_pose(
 def _read(source: PoseSource, reader: PoseReader | None, person: Person) -> PoseReading:
     if isinstance(source, Pose):
         return PoseReading(source, "pose", "given")
-    if _is_json(source):
+    if is_json(source):
         document = read_document(source)  # type: ignore[arg-type]
         pose = document.choose(person, _name(source))
         notes = []
@@ -114,7 +114,7 @@ def _read(source: PoseSource, reader: PoseReader | None, person: Person) -> Pose
     return PoseReading(pose, kind, type(reader).__name__, image, notes)
 
 
-def _is_json(source: Any) -> bool:
+def is_json(source: Any) -> bool:
     """Whether it is a JSON document, or a file or bytes that start like one."""
     if isinstance(source, Mapping | list | tuple):
         return True
@@ -123,7 +123,7 @@ def _is_json(source: Any) -> bool:
     if not isinstance(source, str | os.PathLike):
         return False
     text = os.fspath(source)
-    if isinstance(source, str) and _starts_like_json(source[:64].encode("utf-8", "replace")):
+    if is_json_text(source):
         return True
     if isinstance(text, str) and text.lower().endswith(".json"):
         return True
@@ -141,7 +141,7 @@ def _starts_like_json(start: bytes) -> bool:
 
 
 def _name(source: Any) -> str:
-    if isinstance(source, str | os.PathLike) and not (isinstance(source, str) and source.lstrip()[:1] in ("{", "[")):
+    if isinstance(source, str | os.PathLike) and not is_json_text(source):
         text = repr(os.fspath(source))
         return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"
     return "The pose" if isinstance(source, Pose | Mapping | list | tuple | str) else "The picture"
