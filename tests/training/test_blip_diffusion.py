@@ -132,6 +132,13 @@ def test_a_fit_moves_the_unet_alone_resumes_and_draws(parts: Path, groups: Any, 
         predict = lambda x, t: recipe.base.predict(x, t, recipe.condition)  # noqa: E731
         return recipe.objective.held_out(predict, recipe.batch([0, 1, 2], 0).latents)
 
+    held_out = recipe.shown.pictures[:2]
+    watched = BLIPDiffusionRecipe(
+        pipe_of(parts), subject_recipe(parts, groups).reader, held_out, recipe.settings, held_out
+    )
+    with torch.no_grad():
+        assert watched.has_held_out and not recipe.has_held_out
+        assert watched.validate(0) == watched.validate(1) != {}
     first = error()
     whole = train(recipe, settings_of(tmp_path / "whole", 8)).weights
     assert moved(before, recipe.base.unet) == set(before) and torch.equal(vectors, recipe.vectors)

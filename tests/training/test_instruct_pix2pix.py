@@ -147,9 +147,12 @@ def test_the_command_reads_a_folder_of_pairs(tmp_path: Path) -> None:
     found = edited_pictures(folder)
     assert [pair.caption for pair in found] == ["make it blue", "make it green", "make it red"]
     assert found[0].before.read().getpixel((0, 0)) == (255, 0, 0) and found[0].read().getpixel((0, 0)) == (0, 0, 255)
-    changes = ["train.total_steps=1", "train.batch_size=2", "train.threads=1"]
+    changes = ["train.total_steps=1", "train.batch_size=2", "train.threads=1", f"validation={folder}"]
     plan = plan_training("instruct_pix2pix", None, str(folder), str(tiny_folder()), tmp_path / "run", changes)
     assert (plan.run().weights / "unet/config.json").is_file()
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    (found,) = [line for line in lines if line["event"] == "validation"]
+    assert found["held_out"] != found["without_picture"]
 
 
 def test_bad_pairs_are_named(tmp_path: Path) -> None:

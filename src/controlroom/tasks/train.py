@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from controlroom.core.control import describe
 from controlroom.core.errors import InputError
 from controlroom.training.catalog import RecipeEntry, recipe_entry
-from controlroom.training.recipe_settings import RecipeSettings
+from controlroom.training.recipe_settings import RecipeSettings, ValidatedSettings
 from controlroom.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -175,13 +175,14 @@ def plan_training(
     from controlroom.training.shown_recipe import ShownSettings
 
     own = kind(**settings)
-    if (
-        isinstance(own, ShownSettings)
-        and own.previews
-        and checked.preview_every is None
-        and checked.total_steps is not None
-    ):
-        checked = checked.model_copy(update={"preview_every": max(1, checked.total_steps // 10)})
+    watched = {
+        "preview_every": isinstance(own, ShownSettings) and bool(own.previews),
+        "validate_every": isinstance(own, ValidatedSettings) and own.validation is not None,
+    }
+    if checked.total_steps is not None:
+        tenth = max(1, checked.total_steps // 10)
+        missing = {name: tenth for name, on in watched.items() if on and getattr(checked, name) is None}
+        checked = checked.model_copy(update=missing)
     return TrainingPlan(entry, start, str(chosen), own, checked)
 
 

@@ -30,10 +30,11 @@ from controlroom.core.errors import InputError, ModelError
 from controlroom.data.pictures import Picture, by_subject
 from controlroom.training.base_model import BaseModel
 from controlroom.training.clip_vision import image_encoder_of
+from controlroom.training.held_out import in_parts, mean_over, spread_over
 from controlroom.training.objective import Objective
+from controlroom.training.people import PeopleSettings
 from controlroom.training.randomness import StepRandom, seed_of
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import RecipeSettings
 from controlroom.training.shown import Shown, ShownBatch
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ ENCODER = "image_encoder"
 DROPOUT = (0.85, 0.05, 0.05, 0.05)
 
 
-class ImagePromptSettings(RecipeSettings):
+class ImagePromptSettings(PeopleSettings):
     """What every recipe of image prompts can be told."""
 
     loop: ClassVar[dict[str, Any]] = {
@@ -55,8 +56,6 @@ class ImagePromptSettings(RecipeSettings):
         "weight_decay": 0.01,
     }
 
-    prompt: str | None = None
-    """Words for pictures without a caption."""
     image_encoder: str | None = None
     """Folder of CLIP's image encoder, which reads the pictures (of a face: only the face); None: the theatre's."""
     dropout: tuple[float, float, float, float] = DROPOUT
@@ -143,7 +142,7 @@ class ImagePromptRecipe:
                 "Give the encoder that belongs to it."
             )
         self.null = self._nothing()
-        self._held_out = self._held_out_of(held_out) if held_out else None
+        self._held_out = self._held_out_of(held_out)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"ip_adapter": self.adapter}
@@ -155,7 +154,7 @@ class ImagePromptRecipe:
     def fingerprint(self) -> str:
         subjects = [picture.subject for picture in self.shown.pictures]
         what = type(self.encoder).__name__
-        return f"{self.shown.fingerprint()} {subjects} {what} {self.count} {self.settings.model_dump_json()}"
+        return f"{self.shown.fingerprint()} {subjects} {what} {self.count} {self.settings.fingerprint()}"
 
     def names(self, indices: Sequence[int]) -> tuple[str, ...]:
         """Names of pictures, for messages."""
@@ -206,8 +205,12 @@ class ImagePromptRecipe:
         """[rows, pictures, …]"""
         if not self.states:
             return self._features[torch.tensor(sets)]
+        return self._seen(self.shown.pictures, sets)
+
+    def _seen(self, pictures: Sequence[Picture], sets: Sequence[Sequence[int]]) -> Tensor:
+        """[rows, pictures, …] of pictures that are encoded for it."""
         numbers = sorted({number for one in sets for number in one})
-        made = self._encoded([self.shown.pictures[number].read() for number in numbers])
+        made = self._encoded([pictures[number].read() for number in numbers])
         places = {number: place for place, number in enumerate(numbers)}
         return made[torch.tensor([[places[number] for number in one] for one in sets])]
 
@@ -243,18 +246,27 @@ class ImagePromptRecipe:
 
     # -- measured, written, read --
 
-    def _held_out_of(self, pictures: Sequence[Picture]) -> PromptedBatch:
-        shown = Shown(self.base, pictures, self.settings.prompt, size=self.shown.size)
-        others = others_of(pictures)
-        sets = [[own[i] for i in chosen_pictures(len(own), self.count, 0)] for own in others.values()]
-        features = self._encoded([picture.read() for picture in pictures])[torch.tensor(sets)]
-        return PromptedBatch(shown.batch(range(len(pictures))), features)
+    def _held_out_of(self, pictures: Sequence[Picture]) -> list[PromptedBatch]:
+        numbers, found = range(len(pictures)), list[PromptedBatch]()
+        others = {number: [number] for number in numbers} if self.itself else others_of(pictures)
+        for part in in_parts(spread_over(numbers, self.settings.validation_pictures)):
+            few = [pictures[number] for number in part]
+            (shown,) = Shown(self.base, few, self.settings.prompt, size=self.shown.size).parts()
+            chosen = [chosen_pictures(len(others[number]), self.count, 0) for number in part]
+            sets = [[others[number][i] for i in own] for number, own in zip(part, chosen, strict=True)]
+            found.append(PromptedBatch(shown, self._seen(pictures, sets)))
+        return found
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are pictures to measure on."""
+        return bool(self._held_out)
 
     def validate(self, step: int) -> dict[str, float]:
         """Error on held-out subjects without words, with their pictures as prompts and with none."""
-        batch = self._held_out
-        if batch is None:
-            return {}
+        return mean_over((len(batch.features), self._errors(batch)) for batch in self._held_out)
+
+    def _errors(self, batch: PromptedBatch) -> dict[str, float]:
         latents = batch.shown.latents.to(self.base.device)
         condition = self.base.condition([""], self.shown.size)
         features = batch.features.to(latents)

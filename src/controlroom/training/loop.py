@@ -36,6 +36,7 @@ from controlroom.training.divergence import DivergedError as DivergedError
 from controlroom.training.ema import Ema
 from controlroom.training.export import export_weights, samples_seen
 from controlroom.training.hardware import usable_device
+from controlroom.training.held_out import check_measures_itself
 from controlroom.training.identity import identity_of, refuse_other_run, trained_parameters
 from controlroom.training.optimizers import new_optimizer
 from controlroom.training.prefetch import batches_ahead
@@ -84,7 +85,8 @@ def train(recipe: Recipe[Any], settings: TrainSettings, *, resume: bool = True) 
             checkpoints and `resume` is false.
         DivergedError: a loss or gradient was not finite; nothing was stepped or saved with it.
         InputError: the device is unknown or not on this machine, a library of the settings is not installed, or the
-            batch cannot be split among the processes.
+            batch cannot be split among the processes, or `validate_every` is set for a recipe that cannot measure itself
+            or was given nothing to measure on.
         ModelError: nothing to train, a master weight that is not float32, a frozen module that moved, or processes
             whose frozen modules differ.
         OutputError: a checkpoint or export could not be written, or another process trains in the folder.
@@ -97,6 +99,7 @@ def train(recipe: Recipe[Any], settings: TrainSettings, *, resume: bool = True) 
                 f"batch_size {settings.batch_size} cannot be shared equally by {processes.world} processes in "
                 f"{settings.accumulate} parts each. Give a multiple of {processes.world * settings.accumulate}."
             )
+        check_measures_itself(recipe, settings.validate_every)
         processes.by_main(lambda: stack.enter_context(only_run_in(settings.output_dir)))
         stack.enter_context(stop.listening())
         stack.enter_context(_torch_state_kept(settings.threads))

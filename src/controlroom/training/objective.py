@@ -7,7 +7,7 @@ weights (arXiv 2303.09556), an offset of the noise by channel (Guttenberg, 2023)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -142,14 +142,18 @@ class Objective:
         return self.errors(predict(drawn.latents, drawn.t), drawn, mask) * drawn.weight
 
     @torch.no_grad()
-    def held_out(self, predict: Predict, latents: Tensor, levels: Sequence[int] = (100, 300, 500, 700)) -> float:
-        """Unweighted error at fixed timesteps, with the same noise every time."""
-        errors = []
-        for level in levels:
+    def held_out(self, predict: Predict, latents: Tensor, mask: Tensor | None = None) -> float:
+        """Unweighted error at fixed timesteps, with the same noise every time.
+
+        The timesteps are 100, 300, 500 and 700 of 1000, or the same shares of those that are trained.
+        """
+        first, errors = self.settings.first_timestep, []
+        for tenths in (1, 3, 5, 7):
+            level = first + (self.last + 1 - first) * tenths // 10
             noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(level)).to(latents)
             t = torch.full((len(latents),), level, device=latents.device)
             drawn = self.at(latents, t, noise)
-            errors.append(self.errors(predict(drawn.latents, drawn.t), drawn).mean())
+            errors.append(self.errors(predict(drawn.latents, drawn.t), drawn, mask).mean())
         return float(torch.stack(errors).mean())
 
 

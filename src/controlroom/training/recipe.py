@@ -95,6 +95,16 @@ class Validates(Protocol):
 
 
 @runtime_checkable
+class HoldsOut(Protocol):
+    """A recipe that can measure itself only on held-out data, which it may not have been given."""
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is something for `validate` to measure on."""
+        ...
+
+
+@runtime_checkable
 class Reloads(Protocol):
     """A recipe that can continue from what it exported."""
 

@@ -84,7 +84,9 @@ class TrainSettings(BaseModel):
     export_with_checkpoint: bool = Field(default=False, description="refresh the exported weights at each checkpoint")
     log_every: PositiveInt = 50
     log_to: tuple[Literal["jsonl", "tensorboard"], ...] = ("jsonl",)
-    validate_every: PositiveInt | None = None
+    validate_every: PositiveInt | None = Field(
+        default=None, description="steps between validations; the recipe must have something to measure itself on"
+    )
     preview_every: PositiveInt | None = Field(default=None, description="steps between previews, if the recipe draws")
     device: str = Field(default="cpu", description="where it trains: cpu, cuda, cuda:1, mps")
     threads: PositiveInt | None = None

@@ -19,6 +19,7 @@ from controlroom.core.errors import InputError
 from controlroom.data.pictures import Picture, fingerprint
 from controlroom.training.base_model import BaseModel
 from controlroom.training.buckets import Bucket, BucketOrder, Buckets, Crop, crop_to
+from controlroom.training.held_out import in_parts
 from controlroom.training.randomness import seed_of
 
 
@@ -110,7 +111,16 @@ class Shown:
 
     def batch(self, indices: Sequence[int]) -> ShownBatch:
         """Pictures of these numbers, below ``len(self)``."""
-        rows = [self._places[index] for index in indices]
+        return self._rows([self._places[index] for index in indices])
+
+    def parts(self) -> list[ShownBatch]:
+        """Every picture once and as it is, in small batches of one size: what is measured on."""
+        of_size: dict[Bucket, list[int]] = {}
+        for number in range(len(self.pictures)):
+            of_size.setdefault(self.crops[number].bucket, []).append(number)
+        return [self._rows(part) for numbers in of_size.values() for part in in_parts(numbers)]
+
+    def _rows(self, rows: Sequence[int]) -> ShownBatch:
         plain = [row % len(self.pictures) for row in rows]
         mask = None if self.masks is None else torch.stack([self.masks[row] for row in rows])
         return ShownBatch(

@@ -11,6 +11,7 @@ from torch import Tensor
 from controlroom.core.errors import InputError
 from controlroom.data.pictures import Picture, fingerprint
 from controlroom.training.buckets import Bucket, crop_to
+from controlroom.training.held_out import in_parts
 
 
 class ShownPixels:
@@ -47,8 +48,15 @@ class ShownPixels:
         """Names of pictures, for messages."""
         return tuple(self.pictures[self._places[i % len(self._places)]].name for i in indices)
 
+    def parts(self) -> list[Tensor]:
+        """Every picture once and as it is, a few at a time: what is measured on."""
+        return [self._rows(part) for part in in_parts(range(len(self.pictures)))]
+
+    def _rows(self, numbers: Sequence[int]) -> Tensor:
+        return self.pixels[list(numbers)].float() / 127.5 - 1.0
+
     def batch(self, indices: Sequence[int]) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1]."""
-        rows = self.pixels[[self._places[i % len(self._places)] for i in indices]].float() / 127.5 - 1.0
+        rows = self._rows([self._places[i % len(self._places)] for i in indices])
         mirrored = torch.tensor([i >= len(self._places) for i in indices])
         return torch.where(mirrored[:, None, None, None], rows.flip(-1), rows)

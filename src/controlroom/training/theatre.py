@@ -364,11 +364,13 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     ),
     "kosmos_language": (
         partial(_kosmos, "language"),
-        _CONTROL | {"total_samples": 48_000, "matrix_learning_rate": 0.01, "learning_rate": 1e-3},
+        _CONTROL
+        | {"validate_every": None, "total_samples": 48_000, "matrix_learning_rate": 0.01, "learning_rate": 1e-3},
     ),
     "kosmos_align": (
         partial(_kosmos, "align"),
-        _CONTROL | {"total_samples": 64_000, "matrix_learning_rate": 0.01, "learning_rate": 1e-3},
+        _CONTROL
+        | {"validate_every": None, "total_samples": 64_000, "matrix_learning_rate": 0.01, "learning_rate": 1e-3},
     ),
     "kosmos_g": (
         partial(_kosmos, "instruct"),

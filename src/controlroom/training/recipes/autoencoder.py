@@ -24,9 +24,10 @@ from controlroom.backbones.patch_discriminator import PatchDiscriminator
 from controlroom.core.errors import InputError, ModelError
 from controlroom.core.files import atomic_path
 from controlroom.data.pictures import Picture
+from controlroom.training.held_out import spread_over
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Distance, Losses
-from controlroom.training.recipe_settings import RecipeSettings, check_levels
+from controlroom.training.recipe_settings import ValidatedSettings, check_levels
 from controlroom.training.shown_pixels import ShownPixels
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ if TYPE_CHECKING:
 
 CRITIC = "discriminator.safetensors"
 _WATCHED = 16
-"""Pictures of the set whose reconstruction is measured."""
+"""Pictures of the set whose reconstruction is measured where none are held out."""
 
 
-class AutoencoderSettings(RecipeSettings):
+class AutoencoderSettings(ValidatedSettings):
     """How large the network is, and what counts."""
 
     needs_model: ClassVar[bool] = False
@@ -74,7 +75,8 @@ class AutoencoderSettings(RecipeSettings):
     """Of the weights that it starts from."""
 
     def build(self, pipe: Pipeline | None, pictures: Sequence[Picture], folder: Path) -> AutoencoderRecipe:
-        return AutoencoderRecipe(pictures, self)
+        learned, held_out = self.sides(pictures)
+        return AutoencoderRecipe(learned, self, held_out)
 
     def networks(self) -> tuple[AutoencoderKL, PatchDiscriminator]:
         """Autoencoder and discriminator, with random weights that depend on ``seed`` alone.
@@ -114,6 +116,7 @@ class AutoencoderRecipe:
     Args:
         pictures: cropped around their centre to the size of the settings; words and masks are not used.
         settings: see `AutoencoderSettings`.
+        held_out: other pictures, whose reconstruction is measured on the way; none: the set's own first ones.
 
     Exported are diffusers' folder of the autoencoder, with the scaling factor that gives these pictures' latents unit
     variance, and in it ``discriminator.safetensors``, which only a later training reads.
@@ -124,9 +127,13 @@ class AutoencoderRecipe:
 
     name = "autoencoder"
 
-    def __init__(self, pictures: Sequence[Picture], settings: AutoencoderSettings) -> None:
+    def __init__(
+        self, pictures: Sequence[Picture], settings: AutoencoderSettings, held_out: Sequence[Picture] = ()
+    ) -> None:
         self.settings = settings
         self.shown = ShownPixels(pictures, settings.hw or (256, 256), settings.flip)
+        few = spread_over(held_out, settings.validation_pictures) or self.shown.pictures[:_WATCHED]
+        self._watched = torch.cat(ShownPixels(few, self.shown.size).parts())
         self.dataset_size: int | None = len(self.shown)
         vae, self.critic = settings.networks()
         self.vae: Any = vae
@@ -143,7 +150,7 @@ class AutoencoderRecipe:
 
     def fingerprint(self) -> str:
         seen = "" if self.distance is None else f" {self.distance.name}@{self.distance.hash}"
-        return f"{self.shown.fingerprint()}{seen} {self.settings.model_dump_json()}"
+        return f"{self.shown.fingerprint()}{seen} {self.settings.fingerprint()}"
 
     @property
     def perceptual(self) -> str | None:
@@ -201,14 +208,14 @@ class AutoencoderRecipe:
 
     @torch.no_grad()
     def restored(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first pictures of the set, and what comes back of them from the posterior's mean; in [-1, 1]."""
-        pixels = self.shown.batch(range(min(count, len(self.shown.pictures)))).to(self.vae.device)
+        """The first pictures that are watched, and what comes back of them from the posterior's mean; in [-1, 1]."""
+        pixels = self._watched[:count].to(self.vae.device)
         back = [self.vae.decode(self.vae.encode(row[None]).latent_dist.mean).sample.float() for row in pixels]
         return pixels, torch.cat(back).clamp(-1, 1)
 
     def validate(self, step: int) -> dict[str, float]:
-        """PSNR in dB of the set's first pictures."""
-        pixels, back = self.restored(_WATCHED)
+        """PSNR in dB of the held-out pictures, or of the set's first ones."""
+        pixels, back = self.restored(len(self._watched))
         each = (back - pixels).square().mean(dim=(1, 2, 3)) / 4.0
         return {"psnr": float((-10.0 * torch.log10(each.clamp_min(1e-10))).mean())}
 

@@ -25,14 +25,15 @@ from controlroom.data.pictures import Picture
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
 from controlroom.training.checkpoint import storable
+from controlroom.training.held_out import mean_over, spread_over
 from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import RecipeSettings
+from controlroom.training.recipe_settings import ValidatedSettings
 from controlroom.training.shown import Shown, ShownBatch
 
 
-class BLIPDiffusionSettings(RecipeSettings):
+class BLIPDiffusionSettings(ValidatedSettings):
     """How a network is fitted to a subject."""
 
     loop: ClassVar[dict[str, Any]] = {"total_steps": 80, "batch_size": 3, "learning_rate": 5e-6}
@@ -46,7 +47,8 @@ class BLIPDiffusionSettings(RecipeSettings):
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> BLIPDiffusionRecipe:
         reader = load_subject_reader(find_model(self.encoder, "subject encoder"), pipe.backbone)
-        return BLIPDiffusionRecipe(pipe, reader, pictures, self)
+        learned, held_out = self.sides(pictures)
+        return BLIPDiffusionRecipe(pipe, reader, learned, self, held_out)
 
 
 class BLIPDiffusionRecipe:
@@ -57,6 +59,7 @@ class BLIPDiffusionRecipe:
         reader: a subject encoder, for the vectors.
         pictures: of the subject.
         settings: see `BLIPDiffusionSettings`.
+        held_out: other pictures of it, for the error on the way.
 
     Exported are ``unet`` in diffusers' layout and the vectors, as `BLIPDiffusion` reads them.
 
@@ -67,7 +70,12 @@ class BLIPDiffusionRecipe:
     name = "blip_diffusion"
 
     def __init__(
-        self, pipe: Pipeline, reader: SubjectReader, pictures: Sequence[Picture], settings: BLIPDiffusionSettings
+        self,
+        pipe: Pipeline,
+        reader: SubjectReader,
+        pictures: Sequence[Picture],
+        settings: BLIPDiffusionSettings,
+        held_out: Sequence[Picture] = (),
     ) -> None:
         if not settings.subject.strip():
             raise InputError('BLIP-Diffusion needs the word for what is wanted of the pictures: subject = "dog".')
@@ -78,6 +86,8 @@ class BLIPDiffusionRecipe:
         prompt = f"a {settings.subject}"
         self.shown = Shown(self.base, pictures, prompt, captions=False, size=settings.hw, flip=settings.flip)
         self.dataset_size: int | None = len(self.shown)
+        few = spread_over(held_out, settings.validation_pictures)
+        self._held_out = Shown(self.base, few, prompt, captions=False, size=self.shown.size).parts() if few else []
         side = reader.side
         square = [picture.read().resize((side, side), Image.Resampling.BICUBIC) for picture in pictures]
         with torch.no_grad():
@@ -91,7 +101,7 @@ class BLIPDiffusionRecipe:
         return self.base.frozen()
 
     def fingerprint(self) -> str:
-        return f"{self.shown.fingerprint()} {self.settings.model_dump_json()}"
+        return f"{self.shown.fingerprint()} {self.settings.fingerprint()}"
 
     def names(self, indices: Sequence[int]) -> tuple[str, ...]:
         """Names of pictures, for messages."""
@@ -100,11 +110,25 @@ class BLIPDiffusionRecipe:
     def batch(self, indices: Sequence[int], step: int) -> ShownBatch:
         return self.shown.batch(indices)
 
-    def loss(self, batch: ShownBatch, step: int, rng: StepRandom) -> Losses:
-        def predict(noisy: Tensor, t: Tensor) -> Tensor:
-            return self.base.predict(noisy, t, self.condition)
+    def predict(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """What the network predicts beside the subject's vectors."""
+        return self.base.predict(noisy, t, self.condition)
 
-        each = self.objective.loss(predict, batch.latents, rng, batch.mask)
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are pictures to measure on."""
+        return bool(self._held_out)
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Error on the held-out pictures, at fixed timesteps with the same noise every time."""
+        device = self.base.device
+        return mean_over(
+            (len(part.names), {"held_out": self.objective.held_out(self.predict, part.latents.to(device), part.mask)})
+            for part in self._held_out
+        )
+
+    def loss(self, batch: ShownBatch, step: int, rng: StepRandom) -> Losses:
+        each = self.objective.loss(self.predict, batch.latents, rng, batch.mask)
         return Losses(each.mean(), {"mse": each.mean().detach()})
 
     def export(self, folder: Path) -> None:

@@ -164,6 +164,11 @@ class BLIPSubjectRecipe:
         told = self.condition(batch) if subject else self.base.condition(batch.prompts, self.shown.size)
         return self.objective.held_out(lambda noisy, t: self.base.predict(noisy, t, told), batch.latents)
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is something to measure on."""
+        return self.unseen is not None
+
     def validate(self, step: int) -> dict[str, float]:
         """Error on held-out pictures with their subjects, and by words alone."""
         if self.unseen is None:

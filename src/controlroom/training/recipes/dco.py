@@ -72,7 +72,8 @@ class DCOSettings(ShownSettings):
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> DCORecipe:
         base = BaseModel(pipe)
-        return DCORecipe(base, Shown(base, pictures, self.prompt, size=self.hw, flip=self.flip), self)
+        shown, held_out = self.shown(base, pictures, self.prompt)
+        return DCORecipe(base, shown, self, held_out)
 
 
 class DCORecipe(ShownRecipe[DCOSettings]):
@@ -82,6 +83,7 @@ class DCORecipe(ShownRecipe[DCOSettings]):
         base: the model, all of it frozen.
         shown: the pictures; their prompts have ``{}``, ``{token}`` or the word where the subject is named.
         settings: see `DCOSettings`.
+        held_out: pictures that the error is measured on; None: none.
 
     Exported are ``lora.safetensors`` and, of a new word, ``learned_word.safetensors``.
 
@@ -91,8 +93,8 @@ class DCORecipe(ShownRecipe[DCOSettings]):
 
     name = "dco"
 
-    def __init__(self, base: BaseModel, shown: Shown, settings: DCOSettings) -> None:
-        super().__init__(base, shown, settings)
+    def __init__(self, base: BaseModel, shown: Shown, settings: DCOSettings, held_out: Shown | None = None) -> None:
+        super().__init__(base, shown, settings, held_out=held_out)
         self.dataset_size: int | None = len(shown)
         names = base.names()
         chosen = layers_ending(names, settings.layers, PARTS if settings.text_encoders else (UNET,))
@@ -127,21 +129,26 @@ class DCORecipe(ShownRecipe[DCOSettings]):
             return named, named
         return named, tuple(" ".join(text.replace(word, plain).split()) for text in named)
 
+    def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What the adapted network predicts."""
+        with self.attached():
+            grad = self.settings.text_encoders or self.word is not None
+            condition = self.base.condition(prompts, self.shown.size, grad=grad)
+            return self.base.predict(noisy, t, condition)
+
     def loss(self, batch: Batch, step: int, rng: StepRandom) -> Losses:
         shown, _ = batch
         self._slow.before()
         drawn = self.objective.draw(shown.latents, rng)
         named, plain = self.named_and_plain(shown.prompts)
 
-        def errors(prompts: Sequence[str], grad: bool) -> Tensor:
-            condition = self.base.condition(prompts, self.shown.size, grad=grad)
-            predicted = self.base.predict(drawn.latents, drawn.t, condition)
+        def errors(predicted: Tensor) -> Tensor:
             return self.objective.errors(predicted, drawn, shown.mask) * drawn.weight
 
         with torch.no_grad():
-            reference = errors(plain, grad=False)
-        with self.attached():
-            own = errors(named, grad=self.settings.text_encoders or self.word is not None)
+            told = self.base.condition(plain, self.shown.size)
+            reference = errors(self.base.predict(drawn.latents, drawn.t, told))
+        own = errors(self.predict(drawn.latents, drawn.t, named))
         each = -F.logsigmoid(-self.settings.beta * (own - reference))
         parts = {"subject": own.detach().mean(), "reference": reference.mean()}
         return Losses(each.mean(), {**parts, "better": (own.detach() < reference).float().mean()})

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from controlroom.core.errors import ModelError
 from controlroom.data.pictures import Picture
 from controlroom.sampling.ddpm import DDPM
+from controlroom.training.held_out import mean_over, spread_over
 from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import RecipeSettings, check_levels
+from controlroom.training.recipe_settings import ValidatedSettings, check_levels
 from controlroom.training.shown_pixels import ShownPixels
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _PREVIEWS = 4
 
 
-class DDPMSettings(RecipeSettings):
+class DDPMSettings(ValidatedSettings):
     """How large the network is, and what its noise schedule."""
 
     needs_model: ClassVar[bool] = False
@@ -65,7 +66,8 @@ class DDPMSettings(RecipeSettings):
     """Of the weights that it starts from."""
 
     def build(self, pipe: Pipeline | None, pictures: Sequence[Picture], folder: Path) -> DDPMRecipe:
-        return DDPMRecipe(pictures, self)
+        learned, held_out = self.sides(pictures)
+        return DDPMRecipe(learned, self, held_out)
 
     def network(self) -> UNet2DModel:
         """The UNet, with random weights that depend on ``seed`` alone.
@@ -111,6 +113,7 @@ class DDPMRecipe:
     Args:
         pictures: cropped around their centre to the size of the settings; words and masks are not used.
         settings: see `DDPMSettings`.
+        held_out: other pictures, for the error on the way.
 
     Exported is a folder of diffusers' ``DDPMPipeline``: ``model_index.json``, ``unet`` and ``scheduler``.
 
@@ -120,9 +123,11 @@ class DDPMRecipe:
 
     name = "ddpm"
 
-    def __init__(self, pictures: Sequence[Picture], settings: DDPMSettings) -> None:
+    def __init__(self, pictures: Sequence[Picture], settings: DDPMSettings, held_out: Sequence[Picture] = ()) -> None:
         self.settings = settings
         self.shown = ShownPixels(pictures, settings.hw or (32, 32), settings.flip)
+        few = spread_over(held_out, settings.validation_pictures)
+        self._held_out = ShownPixels(few, self.shown.size).parts() if few else []
         self.unet: Any = settings.network()
         self.dataset_size: int | None = len(self.shown)
         self.objective = Objective(settings.scheduler(), settings.objective)
@@ -134,7 +139,7 @@ class DDPMRecipe:
         return {}
 
     def fingerprint(self) -> str:
-        return f"{self.shown.fingerprint()} {self.settings.model_dump_json()}"
+        return f"{self.shown.fingerprint()} {self.settings.fingerprint()}"
 
     def names(self, indices: Sequence[int]) -> tuple[str, ...]:
         """Names of pictures, for messages."""
@@ -150,6 +155,16 @@ class DDPMRecipe:
 
     def loss(self, batch: Tensor, step: int, rng: StepRandom) -> Losses:
         return Losses(self.objective.loss(self.predict, batch, rng).mean())
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are pictures to measure on."""
+        return bool(self._held_out)
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Error on the held-out pictures, at fixed timesteps with the same noise every time."""
+        parts = (part.to(self.unet.device) for part in self._held_out)
+        return mean_over((len(part), {"held_out": self.objective.held_out(self.predict, part)}) for part in parts)
 
     def model(self) -> DDPM:
         """The network with its schedule, to draw with."""

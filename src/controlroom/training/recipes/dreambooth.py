@@ -46,8 +46,8 @@ class DreamBoothSettings(ShownSettings):
         if self.text_encoders:
             parts += [name for name in (TEXT, TEXT_2) if getattr(pipe.backbone, name) is not None]
         base = BaseModel(pipe, trains=parts)
-        shown, beside = subject_and_class(pipe, base, pictures, self, folder)
-        return DreamBooth(base, shown, self, beside)
+        shown, beside, held_out = subject_and_class(pipe, base, pictures, self, folder)
+        return DreamBooth(base, shown, self, beside, held_out)
 
     def rehearsal(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> DreamBooth:
         return self.build(pipe, pictures, None)
@@ -61,6 +61,7 @@ class DreamBooth(ShownRecipe[DreamBoothSettings]):
         shown: pictures of the subject.
         settings: see `DreamBoothSettings`.
         beside: pictures of its class; None: none.
+        held_out: pictures that the error is measured on; None: none.
 
     Exported are the folders ``unet`` (and ``text_encoder``) in diffusers' layout.
     """
@@ -68,9 +69,14 @@ class DreamBooth(ShownRecipe[DreamBoothSettings]):
     name = "dreambooth"
 
     def __init__(
-        self, base: BaseModel, shown: Shown, settings: DreamBoothSettings, beside: Shown | None = None
+        self,
+        base: BaseModel,
+        shown: Shown,
+        settings: DreamBoothSettings,
+        beside: Shown | None = None,
+        held_out: Shown | None = None,
     ) -> None:
-        super().__init__(base, shown, settings, beside)
+        super().__init__(base, shown, settings, beside, held_out)
         self.dataset_size: int | None = len(shown)
         for module in base.trained().values():
             module.requires_grad_(True)

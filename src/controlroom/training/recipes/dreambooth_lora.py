@@ -47,8 +47,8 @@ class DreamBoothLoRASettings(LoRASettings):
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path | None) -> DreamBoothLoRA:
         base = BaseModel(pipe)
-        shown, beside = subject_and_class(pipe, base, pictures, self, folder)
-        return DreamBoothLoRA(base, shown, self, beside, self.class_weight)
+        shown, beside, held_out = subject_and_class(pipe, base, pictures, self, folder)
+        return DreamBoothLoRA(base, shown, self, beside, self.class_weight, held_out)
 
     def rehearsal(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> DreamBoothLoRA:
         return self.build(pipe, pictures, None)
@@ -62,8 +62,8 @@ class DreamBoothLoRA(LoRARecipe):
 
 def subject_and_class(
     pipe: Pipeline, base: BaseModel, pictures: Sequence[Picture], settings: Any, folder: Path | None
-) -> tuple[Shown, Shown | None]:
-    """Pictures of the subject, all under the one prompt, and of its class, which are drawn if they are not there.
+) -> tuple[Shown, Shown | None, Shown | None]:
+    """Pictures of the subject, all under the one prompt, of its class, drawn if they are not there, and held-out ones.
 
     Args:
         pipe: the untrained model, which draws the class.
@@ -77,14 +77,12 @@ def subject_and_class(
     """
     if settings.prompt is None and not all(p.caption for p in pictures):
         raise InputError("The subject needs a name in a prompt, such as prompt = 'a photo of sks dog'.")
-    shown = Shown(
-        base, pictures, settings.prompt, captions=settings.prompt is None, size=settings.hw, flip=settings.flip
-    )
+    shown, held_out = settings.shown(base, pictures, settings.prompt, captions=settings.prompt is None)
     if settings.class_prompt is None:
-        return shown, None
+        return shown, None, held_out
     drawn = pictures
     if folder is not None:
         drawn = class_pictures(
             pipe, settings.class_prompt, settings.class_count, folder / "class", shown.size, settings.class_steps
         )
-    return shown, Shown(base, drawn, settings.class_prompt, size=shown.size)
+    return shown, Shown(base, drawn, settings.class_prompt, size=shown.size), held_out

@@ -36,22 +36,21 @@ from controlroom.signals.pose.network_reader import NetworkReader
 from controlroom.training.base_model import BaseModel
 from controlroom.training.clip_vision import image_encoder_of
 from controlroom.training.faces import Face, encoded_faces, faces_in, read_by
+from controlroom.training.held_out import in_parts, mean_over, spread_over
 from controlroom.training.image_prompts import others_of
 from controlroom.training.objective import Objective
+from controlroom.training.people import PeopleSettings
 from controlroom.training.randomness import StepRandom, seed_of
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import RecipeSettings
-from controlroom.training.recipes.theatre_controlnet import new_controlnet, picture_pixels
 from controlroom.training.shown import Shown, ShownBatch
+from controlroom.training.side_networks import new_controlnet, picture_pixels
 
 
-class InstantIDSettings(RecipeSettings):
+class InstantIDSettings(PeopleSettings):
     """How an InstantID is trained; sizes are the published ones, its numbers of steps are not known."""
 
     loop: ClassVar[dict[str, Any]] = {"total_steps": 20_000, "batch_size": 8, "learning_rate": 1e-5}
 
-    prompt: str | None = None
-    """Words for pictures without a caption."""
     faces: str | None = None
     """Folder with what a face recogniser said of each picture (`training.faces`); None: the theatre's readers."""
     face_encoder: str | None = None
@@ -71,9 +70,11 @@ class InstantIDSettings(RecipeSettings):
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> InstantIDRecipe:
         base = BaseModel(pipe)
-        shown = Shown(base, pictures, self.prompt, size=self.hw)
+        learned, held_out = self.sides(pictures)
+        shown = Shown(base, learned, self.prompt, size=self.hw)
         if self.faces is not None:
-            return InstantIDRecipe(base, shown, self, faces_in(Path(self.faces), pictures))
+            known, others = (faces_in(Path(self.faces), side) for side in (learned, held_out))
+            return InstantIDRecipe(base, shown, self, known, held_out=list(zip(held_out, others, strict=True)))
         if pipe.model != THEATRE and self.face_encoder is None:
             raise ModelError("InstantID needs the faces. Name the folder with their points and vectors: faces=….")
         if self.face_encoder is not None:
@@ -81,7 +82,8 @@ class InstantIDSettings(RecipeSettings):
         else:
             encoder = image_encoder_of(find_model(f"{THEATRE}/clip", "CLIP"))
         reader = NetworkReader.load(find_model(f"{THEATRE}/readers/keypoints", "reader of keypoints"))
-        return InstantIDRecipe(base, shown, self, encoded_faces(pictures, read_by(reader), encoder), encoder)
+        known, others = (encoded_faces(side, read_by(reader), encoder) for side in (learned, held_out))
+        return InstantIDRecipe(base, shown, self, known, encoder, list(zip(held_out, others, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class InstantIDRecipe:
 
             # Explicit softmax attention trains faster than SDPA on a CPU.
             self.net.set_attn_processor(AttnProcessor())
-        self._held_out = self._held_out_of(held_out) if held_out else None
+        self._held_out = self._held_out_of(held_out)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"ip_adapter": self.adapter, "identity_net": self.net}
@@ -157,7 +159,7 @@ class InstantIDRecipe:
     def fingerprint(self) -> str:
         subjects = [picture.subject for picture in self.shown.pictures]
         faces = sum(float(face.vector.double().sum() + face.points.sum()) for face in self.faces)
-        return f"{self.shown.fingerprint()} {subjects} {faces:.6f} {self.settings.model_dump_json()}"
+        return f"{self.shown.fingerprint()} {subjects} {faces:.6f} {self.settings.fingerprint()}"
 
     def names(self, indices: Sequence[int]) -> tuple[str, ...]:
         """Names of pictures, for messages."""
@@ -219,23 +221,35 @@ class InstantIDRecipe:
 
     # -- measured, written, read --
 
-    def _held_out_of(self, held_out: Sequence[tuple[Picture, Face]]) -> FaceBatch:
-        pictures, faces = [picture for picture, _ in held_out], [face for _, face in held_out]
-        shown = Shown(self.base, pictures, self.settings.prompt, size=self.shown.size)
-        others = others_of(pictures)
-        vectors = torch.stack([faces[others[number][0]].vector for number in range(len(faces))])[:, None]
-        maps = torch.stack([self._map(picture, face) for picture, face in held_out])
-        return FaceBatch(shown.batch(range(len(pictures))), vectors, maps)
+    def _held_out_of(self, held_out: Sequence[tuple[Picture, Face]]) -> list[tuple[FaceBatch, Tensor]]:
+        """Some of them, a few at a time, and beside each the face of the next."""
+        others = others_of([picture for picture, _ in held_out])
+        numbers, found = spread_over(range(len(held_out)), self.settings.validation_pictures), []
+        for part in in_parts(range(len(numbers))):
+            pictures = [held_out[numbers[place]][0] for place in part]
+            (shown,) = Shown(self.base, pictures, self.settings.prompt, size=self.shown.size).parts()
+            maps = torch.stack([self._map(*held_out[numbers[place]]) for place in part])
+            own, wrong = (
+                torch.stack([held_out[others[numbers[place % len(numbers)]][0]][1].vector for place in places])
+                for places in (part, [place + 1 for place in part])
+            )
+            found.append((FaceBatch(shown, own[:, None], maps), wrong[:, None]))
+        return found
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are pictures to measure on."""
+        return bool(self._held_out)
 
     def validate(self, step: int) -> dict[str, float]:
         """Error on held-out people: with their faces, with no face at its place, and with the next one's face."""
-        batch = self._held_out
-        if batch is None:
-            return {}
+        return mean_over((len(wrong), self._errors(batch, wrong)) for batch, wrong in self._held_out)
+
+    def _errors(self, batch: FaceBatch, wrong: Tensor) -> dict[str, float]:
         latents = batch.shown.latents.to(self.base.device)
         condition = self.base.condition(batch.shown.prompts, self.shown.size)
         vectors, maps = batch.vectors.to(latents), batch.maps.to(latents)
-        told = {"held_out": vectors, "without_face": torch.zeros_like(vectors), "wrong_face": vectors.roll(-1, 0)}
+        told = {"held_out": vectors, "without_face": torch.zeros_like(vectors), "wrong_face": wrong.to(latents)}
         return {
             name: self.objective.held_out(
                 lambda noisy, t, who=who: self.predict(noisy, t, condition, who, maps), latents

@@ -26,15 +26,16 @@ from controlroom.data.edited_pictures import EditedPicture, edited_pictures
 from controlroom.data.pictures import Picture
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
+from controlroom.training.held_out import mean_over, spread_over
 from controlroom.training.instructed import left_out, widen
 from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import RecipeSettings
+from controlroom.training.recipe_settings import ValidatedSettings
 from controlroom.training.shown import Shown, ShownBatch
 
 
-class InstructPix2PixSettings(RecipeSettings):
+class InstructPix2PixSettings(ValidatedSettings):
     """How a model learns to follow instructions. The authors show 1024 pictures of 256 pixels a step, 10 000 times."""
 
     loop: ClassVar[dict[str, Any]] = {
@@ -67,13 +68,18 @@ class InstructPix2PixSettings(RecipeSettings):
         return edited_pictures(data)
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> InstructPix2PixRecipe:
-        pairs = [picture for picture in pictures if isinstance(picture, EditedPicture)]
-        if len(pairs) < len(pictures):
-            wrong = next(picture for picture in pictures if not isinstance(picture, EditedPicture))
+        learned, held_out = (_pairs(side) for side in self.sides(pictures))
+        return InstructPix2PixRecipe(BaseModel(pipe, trains=(UNET,)), learned, self, held_out)
+
+
+def _pairs(pictures: Sequence[Picture]) -> list[EditedPicture]:
+    """Raises InputError for a picture with none before it."""
+    for picture in pictures:
+        if not isinstance(picture, EditedPicture):
             raise InputError(
-                f"{wrong.name} has no picture before it. Read the set with data.edited_pictures.edited_pictures."
+                f"{picture.name} has no picture before it. Read the set with data.edited_pictures.edited_pictures."
             )
-        return InstructPix2PixRecipe(BaseModel(pipe, trains=(UNET,)), pairs, self)
+    return [picture for picture in pictures if isinstance(picture, EditedPicture)]
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class InstructPix2PixRecipe:
         base: the model, whose UNet trains; it gets the further channels here.
         pairs: pictures before and after.
         settings: see `InstructPix2PixSettings`.
+        held_out: other pairs, for the error on the way.
 
     Exported is the folder ``unet`` in diffusers' layout; with the other parts of the model it draws under
     `cr.InstructPix2Pix`, and in diffusers' pipelines of that name.
@@ -102,16 +109,32 @@ class InstructPix2PixRecipe:
 
     name = "instruct_pix2pix"
 
-    def __init__(self, base: BaseModel, pairs: Sequence[EditedPicture], settings: InstructPix2PixSettings) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        pairs: Sequence[EditedPicture],
+        settings: InstructPix2PixSettings,
+        held_out: Sequence[EditedPicture] = (),
+    ) -> None:
         self.base, self.settings = base, settings
-        self.after = Shown(base, pairs, size=settings.hw, flip=settings.flip)
-        befores = [pair.before for pair in pairs]
-        self.before = Shown(base, befores, "", captions=False, size=settings.hw, flip=settings.flip)
+        self.before, self.after = self._shown(pairs, settings.flip)
+        few = spread_over(held_out, settings.validation_pictures)
+        self._held_out = self._parts(*self._shown(few, False)) if few else []
         self.dataset_size: int | None = len(self.after)
         widen(base, base.backbone.latent_channels)
         base.unet.requires_grad_(True)
         self.objective = Objective(base.backbone.scheduler, settings.objective)
         self.shares = (1.0 - sum(settings.left_out), *settings.left_out)
+
+    def _shown(self, pairs: Sequence[EditedPicture], flip: bool) -> tuple[Shown, Shown]:
+        """Pictures before, and after with the instructions."""
+        befores, size = [pair.before for pair in pairs], self.settings.hw
+        before = Shown(self.base, befores, "", captions=False, size=size, flip=flip)
+        return before, Shown(self.base, pairs, size=size, flip=flip)
+
+    def _parts(self, before: Shown, after: Shown) -> list[EditBatch]:
+        both = zip(before.parts(), after.parts(), strict=True)
+        return [EditBatch(unscaled(one.latents, self.base.vae.config), other) for one, other in both]
 
     def modules(self) -> dict[str, nn.Module]:
         return self.base.trained()
@@ -120,7 +143,7 @@ class InstructPix2PixRecipe:
         return self.base.frozen()
 
     def fingerprint(self) -> str:
-        return f"{self.after.fingerprint()} {self.before.fingerprint()} {self.settings.model_dump_json()}"
+        return f"{self.after.fingerprint()} {self.before.fingerprint()} {self.settings.fingerprint()}"
 
     def names(self, indices: Sequence[int]) -> tuple[str, ...]:
         """Names of pictures after, for messages."""
@@ -145,6 +168,26 @@ class InstructPix2PixRecipe:
             return self.predict(noisy, t, before, prompts)
 
         return Losses(self.objective.loss(predict, batch.after.latents, rng, batch.after.mask).mean())
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are pictures to measure on."""
+        return bool(self._held_out)
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Error on held-out pairs: seeing the picture before, and with nothing in its place."""
+        return mean_over((len(batch.before), self._errors(batch)) for batch in self._held_out)
+
+    def _errors(self, batch: EditBatch) -> dict[str, float]:
+        before, after = batch.before.to(self.base.device), batch.after
+        return {
+            name: self.objective.held_out(
+                lambda noisy, t, seen=seen: self.predict(noisy, t, seen, after.prompts),
+                after.latents.to(self.base.device),
+                after.mask,
+            )
+            for name, seen in {"held_out": before, "without_picture": torch.zeros_like(before)}.items()
+        }
 
     def export(self, folder: Path) -> None:
         self.base.unet.save_pretrained(folder / UNET)

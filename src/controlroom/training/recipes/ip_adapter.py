@@ -48,7 +48,9 @@ class IPAdapterSettings(ImagePromptSettings):
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> IPAdapterRecipe:
         base = BaseModel(pipe)
-        return IPAdapterRecipe(base, Shown(base, pictures, self.prompt, size=self.hw), self, self.encoder_for(pipe))
+        learned, held_out = self.sides(pictures)
+        shown = Shown(base, learned, self.prompt, size=self.hw)
+        return IPAdapterRecipe(base, shown, self, self.encoder_for(pipe), held_out)
 
 
 class IPAdapterRecipe(ImagePromptRecipe):

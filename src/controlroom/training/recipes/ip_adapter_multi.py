@@ -43,6 +43,7 @@ class IPAdapterMultiSettings(ImagePromptSettings):
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> IPAdapterMultiRecipe:
         base = BaseModel(pipe)
+        learned, held_out = self.sides(pictures)
         file = adapter_file(find_model(self.start, "IP-Adapter"))
         start = load_ip_adapter(file, base.unet)
         beside = file.parent / ENCODER
@@ -50,7 +51,8 @@ class IPAdapterMultiSettings(ImagePromptSettings):
             encoder = load_image_encoder(beside, pipe.backbone)
         else:
             encoder = self.encoder_for(pipe)
-        return IPAdapterMultiRecipe(base, Shown(base, pictures, self.prompt, size=self.hw), self, encoder, start)
+        shown = Shown(base, learned, self.prompt, size=self.hw)
+        return IPAdapterMultiRecipe(base, shown, self, encoder, start, held_out)
 
 
 class IPAdapterMultiRecipe(ImagePromptRecipe):

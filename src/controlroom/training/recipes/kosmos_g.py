@@ -285,6 +285,11 @@ class KosmosGRecipe(_Stage):
         each = self.objective.loss(lambda noisy, t: self.base.predict(noisy, t, told), batch.latents, rng)
         return Losses(each.mean(), {"mse": each.mean().detach()})
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is something to measure on."""
+        return self.unseen is not None
+
     def validate(self, step: int) -> dict[str, float]:
         """Error on held-out pictures with their subjects, and by the text encoder's reading of the words alone."""
         if self.unseen is None:

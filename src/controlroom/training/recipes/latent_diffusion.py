@@ -57,8 +57,8 @@ class LatentDiffusionSettings(ShownSettings):
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> LatentDiffusionRecipe:
         fresh = type(pipe)(replace(pipe.backbone, unet=self.network(pipe.backbone.unet), kept={}), None, pipe.model)
         base = BaseModel(fresh, trains=[UNET])
-        shown = Shown(base, pictures, self.prompt, size=self.hw, flip=self.flip, buckets=self.buckets)
-        return LatentDiffusionRecipe(base, shown, self)
+        shown, held_out = self.shown(base, pictures, self.prompt, buckets=self.buckets)
+        return LatentDiffusionRecipe(base, shown, self, held_out)
 
     def network(self, like: Any) -> UNet2DConditionModel:
         """A UNet as a model's, with random weights that depend on ``seed`` alone.
@@ -88,8 +88,10 @@ class LatentDiffusionRecipe(ShownRecipe[LatentDiffusionSettings]):
 
     name = "latent_diffusion"
 
-    def __init__(self, base: BaseModel, shown: Shown, settings: LatentDiffusionSettings) -> None:
-        super().__init__(base, shown, settings)
+    def __init__(
+        self, base: BaseModel, shown: Shown, settings: LatentDiffusionSettings, held_out: Shown | None = None
+    ) -> None:
+        super().__init__(base, shown, settings, held_out=held_out)
         base.unet.requires_grad_(True)
 
     def modules(self) -> dict[str, nn.Module]:

@@ -55,8 +55,8 @@ class LoRASettings(ShownSettings):
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> LoRARecipe:
         base = BaseModel(pipe)
-        shown = Shown(base, pictures, self.prompt, size=self.hw, flip=self.flip, buckets=self.buckets)
-        return LoRARecipe(base, shown, self)
+        shown, held_out = self.shown(base, pictures, self.prompt, buckets=self.buckets)
+        return LoRARecipe(base, shown, self, held_out=held_out)
 
 
 class LoRARecipe(ShownRecipe[LoRASettings]):
@@ -68,6 +68,7 @@ class LoRARecipe(ShownRecipe[LoRASettings]):
         settings: see `LoRASettings`.
         beside: pictures of the class, shown beside those of the subject; None: none.
         class_weight: how much errors on the class count.
+        held_out: pictures that the error is measured on; None: none.
 
     Exported is ``lora.safetensors``.
     """
@@ -81,8 +82,9 @@ class LoRARecipe(ShownRecipe[LoRASettings]):
         settings: LoRASettings,
         beside: Shown | None = None,
         class_weight: float = 1.0,
+        held_out: Shown | None = None,
     ) -> None:
-        super().__init__(base, shown, settings, beside)
+        super().__init__(base, shown, settings, beside, held_out)
         self.class_weight = class_weight
         names = base.names()
         parts = PARTS if settings.text_encoders else (UNET,)

@@ -176,6 +176,11 @@ class MSDiffusionRecipe:
         each = self.objective.loss(predict, batch.latents, rng)
         return Losses(each.mean(), {"mse": each.mean().detach()})
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is something to measure on."""
+        return self.unseen is not None
+
     def validate(self, step: int) -> dict[str, float]:
         """Error on held-out groups with their subjects, and with zero pixels in their place."""
         if self.unseen is None:

@@ -31,25 +31,24 @@ from controlroom.data.pictures import Picture
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
 from controlroom.training.clip_vision import image_encoder_of
+from controlroom.training.held_out import in_parts, mean_over, spread_over
 from controlroom.training.image_prompts import others_of
 from controlroom.training.low_rank import LowRankLayers, layers_ending
 from controlroom.training.objective import Objective
 from controlroom.training.own_rate import OwnRate
+from controlroom.training.people import PeopleSettings
 from controlroom.training.randomness import StepRandom, seed_of
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import RecipeSettings
 from controlroom.training.shown import Shown, ShownBatch
 
 CLASS_WORDS = ("man", "woman", "boy", "girl", "person")
 
 
-class PhotoMakerSettings(RecipeSettings):
+class PhotoMakerSettings(PeopleSettings):
     """How a PhotoMaker is trained; the rates are the published ones, for the LoRA that of the run."""
 
     loop: ClassVar[dict[str, Any]] = {"total_steps": 20_000, "batch_size": 8, "learning_rate": 1e-4}
 
-    prompt: str | None = None
-    """Words for pictures without a caption."""
     image_encoder: str | None = None
     """Folder of CLIP's image encoder; None: the theatre's."""
     trigger: str = "img"
@@ -76,7 +75,9 @@ class PhotoMakerSettings(RecipeSettings):
             encoder = image_encoder_of(find_model(f"{THEATRE}/clip", "CLIP"))
         else:
             raise ModelError("PhotoMaker needs an image encoder. Name the folder of one: image_encoder=….")
-        return PhotoMakerRecipe(base, Shown(base, pictures, self.prompt, size=self.hw), self, encoder)
+        learned, held_out = self.sides(pictures)
+        shown = Shown(base, learned, self.prompt, size=self.hw)
+        return PhotoMakerRecipe(base, shown, self, encoder, held_out=held_out)
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class PhotoMakerRecipe:
         settings: see `PhotoMakerSettings`.
         encoder: `CLIPVisionModelWithProjection`; its layers stay as they are.
         seen: what the encoder is shown of a picture; None: all of it.
+        held_out: pictures of other people, for the error on the way.
 
     Exported is ``photomaker.safetensors`` with the published keys.
 
@@ -113,6 +115,7 @@ class PhotoMakerRecipe:
         settings: PhotoMakerSettings,
         encoder: Any,
         seen: Callable[[Picture], Image.Image] | None = None,
+        held_out: Sequence[Picture] = (),
     ) -> None:
         check_image_encoder(encoder)
         self.base, self.shown, self.settings = base, shown, settings
@@ -130,7 +133,9 @@ class PhotoMakerRecipe:
         if known.shape == self.encoder.visual_projection.weight.shape:
             self.encoder.visual_projection.load_state_dict({"weight": known.detach()})
         self.encoder.float().eval().requires_grad_(True).vision_model.requires_grad_(False)
-        self._seen = self._encoded([picture.read() if seen is None else seen(picture) for picture in shown.pictures])
+        look = seen or (lambda picture: picture.read())
+        self._seen = self._encoded([look(picture) for picture in shown.pictures])
+        self._held_out = self._held_out_of(held_out, look)
         self.encoder.to(base.device)
         names = base.names()
         self.adapter = LowRankLayers(names, layers_ending(names), settings.rank, seed=settings.seed)
@@ -150,7 +155,7 @@ class PhotoMakerRecipe:
     def fingerprint(self) -> str:
         subjects = [picture.subject for picture in self.shown.pictures]
         seen = float(self._seen.double().sum())
-        return f"{self.shown.fingerprint()} {subjects} {seen:.6f} {self.settings.model_dump_json()}"
+        return f"{self.shown.fingerprint()} {subjects} {seen:.6f} {self.settings.fingerprint()}"
 
     def names(self, indices: Sequence[int]) -> tuple[str, ...]:
         """Names of pictures, for messages."""
@@ -225,7 +230,37 @@ class PhotoMakerRecipe:
     def after_step(self, step: int) -> None:
         self._rate.after()
 
-    # -- written, read --
+    # -- measured, written, read --
+
+    def _held_out_of(self, pictures: Sequence[Picture], look: Callable[[Picture], Image.Image]) -> list[PersonBatch]:
+        others, found = others_of(pictures), list[PersonBatch]()
+        for part in in_parts(spread_over(range(len(pictures)), self.settings.validation_pictures)):
+            few = [pictures[number] for number in part]
+            (shown,) = Shown(self.base, few, self.settings.prompt, size=self.shown.size).parts()
+            for text in shown.prompts:
+                self._person(text)
+            sets = [others[number][: self.settings.pictures] for number in part]
+            seen = tuple(self._encoded([look(pictures[other]) for other in own]) for own in sets)
+            found.append(PersonBatch(shown, seen))
+        return found
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are pictures to measure on."""
+        return bool(self._held_out)
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Error on held-out people: with their pictures in the word for them, and by the words alone."""
+        return mean_over((len(batch.seen), self._errors(batch)) for batch in self._held_out)
+
+    def _errors(self, batch: PersonBatch) -> dict[str, float]:
+        latents, prompts = batch.shown.latents.to(self.base.device), batch.shown.prompts
+        seen = [pictures.to(latents) for pictures in batch.seen]
+        told = {"held_out": self.condition(prompts, seen), "by_words": self.base.condition(prompts, self.shown.size)}
+        return {
+            name: self.objective.held_out(lambda noisy, t, c=condition: self.predict(noisy, t, c), latents)
+            for name, condition in told.items()
+        }
 
     def export(self, folder: Path) -> None:
         lora: dict[str, Tensor] = {}

@@ -72,8 +72,8 @@ class TextualInversionSettings(ShownSettings):
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> TextualInversionRecipe:
         base = BaseModel(pipe)
-        shown = Shown(base, pictures, _ANY, self.captions, self.hw, self.flip)
-        return TextualInversionRecipe(base, shown, self)
+        shown, held_out = self.shown(base, pictures, _ANY, self.captions)
+        return TextualInversionRecipe(base, shown, self, held_out)
 
 
 class TextualInversionRecipe(ShownRecipe[TextualInversionSettings]):
@@ -83,6 +83,7 @@ class TextualInversionRecipe(ShownRecipe[TextualInversionSettings]):
         base: the model, all of it frozen.
         shown: the pictures; their words are captions with the word or ``{}`` in its place, or ``{}`` alone.
         settings: see `TextualInversionSettings`.
+        held_out: pictures that the error is measured on; None: none.
 
     Exported is ``learned_word.safetensors``.
 
@@ -92,14 +93,17 @@ class TextualInversionRecipe(ShownRecipe[TextualInversionSettings]):
 
     name = "textual_inversion"
 
-    def __init__(self, base: BaseModel, shown: Shown, settings: TextualInversionSettings) -> None:
-        super().__init__(base, shown, settings)
+    def __init__(
+        self, base: BaseModel, shown: Shown, settings: TextualInversionSettings, held_out: Shown | None = None
+    ) -> None:
+        super().__init__(base, shown, settings, held_out=held_out)
         self.dataset_size: int | None = len(shown)
-        for picture, text in zip(shown.pictures, shown.prompts, strict=True):
-            if not has_place(text) and settings.word not in text:
-                raise InputError(
-                    f"The caption of {picture.name} has neither {settings.word} nor {{}} in its place: {text!r}."
-                )
+        for one in (shown, *([] if held_out is None else [held_out])):
+            for picture, text in zip(one.pictures, one.prompts, strict=True):
+                if not has_place(text) and settings.word not in text:
+                    raise InputError(
+                        f"The caption of {picture.name} has neither {settings.word} nor {{}} in its place: {text!r}."
+                    )
         self.word = NewWord(base, settings.word, settings.vectors, settings.initial)
 
     def modules(self) -> dict[str, nn.Module]:

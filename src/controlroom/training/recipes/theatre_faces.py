@@ -68,8 +68,14 @@ def theatre_photomaker(
     """
     settings = settings or PhotoMakerSettings(rank=16, objective=ObjectiveSettings(min_snr_gamma=5.0))
     base, points = BaseModel(pipe), points_of_people(people_of("train", people, pictures))
+    points |= points_of_people(people_of("held_out", HELD_OUT_PEOPLE, 2))
     shown = Shown(base, theatre_people("train", people, pictures, "class"))
     encoder = image_encoder_of(clip_folder)
     return PhotoMakerRecipe(
-        base, shown, settings, encoder, lambda picture: head_crop(picture.read(), points[picture.name])
+        base,
+        shown,
+        settings,
+        encoder,
+        lambda picture: head_crop(picture.read(), points[picture.name]),
+        theatre_people("held_out", HELD_OUT_PEOPLE, 2, "class"),
     )

@@ -200,6 +200,11 @@ class UnimoTextRecipe(_Stage):
         each = self.objective.loss(lambda noisy, t: self.predict(noisy, t, *told), batch.latents, rng)
         return Losses(each.mean(), {"mse": each.mean().detach()})
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is something to measure on."""
+        return bool(self.held_out)
+
     def validate(self, step: int) -> dict[str, float]:
         """Error on held-out pictures by the language model's reading, and by the untouched network's of the same."""
         if not self.held_out:
@@ -317,6 +322,11 @@ class UnimoGRecipe(_Stage):
         )
         error, looked = each.mean(), attention_loss(maps, masks).mean()
         return Losses(error + self.settings.attention * looked, {"mse": error.detach(), "attention": looked.detach()})
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is something to measure on."""
+        return self.unseen is not None
 
     def validate(self, step: int) -> dict[str, float]:
         """Error on held-out pictures with their entities, and by the words alone; and where attention goes."""
