@@ -19,9 +19,10 @@ from controlroom.signals.signal import KINDS
 from controlroom.training.assemble import PARTS, copy_half
 from controlroom.training.loop import train
 from controlroom.training.randomness import StepRandom
-from controlroom.training.recipes.theatre_controlnet import TheatreControlNet, picture_pixels
+from controlroom.training.recipes.theatre_controlnet import TheatreControlNet
 from controlroom.training.recipes.theatre_unet import noise_schedule
 from controlroom.training.settings import TrainSettings
+from controlroom.training.side_networks import picture_pixels
 from controlroom.training.theatre import STAGES
 from tests.training.theatre_parts import pipeline
 

@@ -15,8 +15,9 @@ from controlroom.data.theatre.conditions import condition
 from controlroom.data.theatre.scene import sample_scene
 from controlroom.training.loop import train
 from controlroom.training.randomness import StepRandom
-from controlroom.training.recipes.theatre_t2i_adapter import TheatreT2IAdapter, cubic_timesteps
+from controlroom.training.recipes.theatre_t2i_adapter import TheatreT2IAdapter
 from controlroom.training.settings import TrainSettings
+from controlroom.training.side_networks import cubic_timesteps
 from controlroom.training.theatre import STAGES
 from tests.training.theatre_parts import pipeline
 

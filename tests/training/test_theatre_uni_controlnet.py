@@ -18,8 +18,9 @@ from controlroom.data.theatre.scene import sample_scene
 from controlroom.training.assemble import PARTS, assemble
 from controlroom.training.loop import train
 from controlroom.training.randomness import StepRandom
-from controlroom.training.recipes.theatre_uni_controlnet import TheatreUniControlNet, kept
+from controlroom.training.recipes.theatre_uni_controlnet import TheatreUniControlNet
 from controlroom.training.settings import TrainSettings
+from controlroom.training.side_networks import kept
 from controlroom.training.theatre import STAGES
 from tests.training.theatre_parts import pipeline
 

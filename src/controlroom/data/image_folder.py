@@ -1,8 +1,9 @@
 """A folder of pictures with captions: the layout of 🤗 datasets' ``imagefolder``, and the plain one of trainers.
 
 Captions come from ``metadata.jsonl`` (``file_name``, ``text``, optionally ``mask``) or ``metadata.csv``, else from a
-``.txt`` or ``.caption`` beside each picture, else there is none. Masks are ``mask/NAME.png``. A subfolder names the
-subject of the pictures in it.
+``.txt`` or ``.caption`` beside each picture, else there is none. Masks are ``mask/NAME.png``. The metadata's
+``conditioning_image`` is what a picture is to be drawn along, as diffusers' ControlNet trainers name it. A subfolder
+names the subject of the pictures in it.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from controlroom.data.picture_files import (
     pictures_in,
     subfolders,
     text_of,
+    with_condition,
 )
 from controlroom.data.pictures import Picture
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-_KNOWN = ("file_name", "text", "mask")
+_CONDITION = "conditioning_image"
+_KNOWN = ("file_name", "text", "mask", _CONDITION)
 _CAPTION_ENDINGS = (".txt", ".caption")
 _TRAIN = "train"
 
@@ -101,7 +104,7 @@ def _listed(table: Path, root: Path, notes: list[str]) -> Iterator[Picture]:
     folder = table.parent
     seen: dict[Path, str] = {}
     ignored: set[str] = set()
-    masks: set[Path] = set()
+    others: set[Path] = set()
     for row in _rows(table):
         named = row.text("file_name")
         if named is None:
@@ -115,17 +118,24 @@ def _listed(table: Path, root: Path, notes: list[str]) -> Iterator[Picture]:
         mask = row.text("mask")
         masked = mask_of(path, root) if mask is None else inside(folder, mask, row.where)
         if masked is not None:
-            masks.add(masked)
+            others.add(masked)
             if not masked.is_file():
                 raise InputError(f"{row.where} names the mask {mask!r}, which is not in {str(folder)!r}.")
+        shown = row.text(_CONDITION)
+        condition = None if shown is None else inside(folder, shown, row.where)
+        if condition is not None:
+            others.add(condition)
+            if not condition.is_file():
+                raise InputError(f"{row.where} names the {_CONDITION} {shown!r}, which is not in {str(folder)!r}.")
         caption = row.text("text")
         caption = (caption_beside(path, _CAPTION_ENDINGS) or "") if caption is None else " ".join(caption.split())
         ignored.update(name for name in row.fields if name not in _KNOWN)
         inner = path.relative_to(root).parts[:-1]
-        yield picture_of(path, root, caption, masked, subject=inner[0] if inner else "")
+        picture = picture_of(path, root, caption, masked, subject=inner[0] if inner else "")
+        yield picture if condition is None else with_condition(picture, path, condition, root)
     if ignored:
         notes.append(f"{str(table)!r} has further fields, which are not read: {', '.join(sorted(ignored))}.")
-    rest = [path for path in _all_in(folder) if path not in seen and path not in masks]
+    rest = [path for path in _all_in(folder) if path not in seen and path not in others]
     if rest:
         names = ", ".join(path.relative_to(folder).as_posix() for path in rest[:3])
         notes.append(

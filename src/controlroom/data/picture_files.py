@@ -6,6 +6,7 @@ content from the bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from controlroom.core.errors import InputError
 from controlroom.core.images import FORMATS, load_image, load_mask
 from controlroom.core.pixels import check_dimensions
-from controlroom.data.pictures import Picture
+from controlroom.data.pictures import ConditionedPicture, Picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MASK_FOLDER = "mask"
@@ -115,16 +116,33 @@ def picture_of(
     size, content = upright_size(path), hash_of(path)
     read_mask = None
     if mask is not None:
-        across, down = upright_size(mask)
-        if abs(across * size[1] / (down * size[0]) - 1) > _SHAPE_TOLERANCE:
-            raise InputError(
-                f"The mask {str(mask)!r} is {across} x {down}, its picture {str(path)!r} {size[0]} x {size[1]}; "
-                "expected the same shape."
-            )
+        _same_shape("mask", mask, upright_size(mask), path, size)
         content = hashlib.sha256(f"{content} {hash_of(mask)}".encode()).hexdigest()
         read_mask = partial(_read_mask, mask, size)
     name = path.relative_to(root).as_posix()
     return Picture(name, content, size, partial(load_image, path), caption, read_mask, repeats, subject)
+
+
+def with_condition(picture: Picture, path: Path, condition: Path, root: Path) -> ConditionedPicture:
+    """The picture in the file ``path``, with the condition in another.
+
+    Raises:
+        InputError: the condition is no picture that can be read, or has another shape.
+    """
+    found = picture_of(condition, root)
+    _same_shape("condition", condition, found.size, path, picture.size)
+    content = hashlib.sha256(f"{picture.content} along {found.content}".encode()).hexdigest()
+    fields = {each.name: getattr(picture, each.name) for each in dataclasses.fields(picture)}
+    return ConditionedPicture(**{**fields, "content": content}, condition=found)
+
+
+def _same_shape(what: str, file: Path, found: tuple[int, int], path: Path, size: tuple[int, int]) -> None:
+    across, down = found
+    if abs(across * size[1] / (down * size[0]) - 1) > _SHAPE_TOLERANCE:
+        raise InputError(
+            f"The {what} {str(file)!r} is {across} x {down}, its picture {str(path)!r} {size[0]} x {size[1]}; "
+            "expected the same shape."
+        )
 
 
 def _read_mask(path: Path, size: tuple[int, int]) -> Image.Image:

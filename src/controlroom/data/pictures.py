@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image
 
@@ -36,6 +36,17 @@ class Picture:
     read_mask: Callable[[], Image.Image] | None = None
     repeats: int = 1
     subject: str = ""
+
+
+@dataclass(frozen=True)
+class ConditionedPicture(Picture):
+    """A picture with what is to be drawn along: edges, depth, a pose.
+
+    Attributes:
+        condition: of the same shape, maybe smaller; its bytes count in ``content`` as well.
+    """
+
+    condition: Picture = field(kw_only=True)
 
 
 def fingerprint(pictures: Sequence[Picture]) -> str:

@@ -119,6 +119,12 @@ RECIPES = (
         "unet/ in diffusers' layout for cr.InstructPix2Pix",
     ),
     RecipeEntry(
+        "controlnet",
+        "controlnet:ControlNetSettings",
+        "drawing along edges, depth, poses, ..., found in pictures or given beside them, by a copy of the encoder",
+        "folder in diffusers' layout for cr.ControlNet",
+    ),
+    RecipeEntry(
         "kosmos_language",
         "kosmos_g:KosmosLanguageSettings",
         "KOSMOS-G, stage 1: a language model on pictures and their captions",

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image
 from torch import Tensor, nn
 
 from controlroom.backbones.controlnet import CONDITION_KINDS, with_kind
@@ -32,30 +30,18 @@ from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipes.theatre_autoencoder import to_pixels
 from controlroom.training.recipes.theatre_unet import Conditioner, latents_of_scenes, theatre_objective
+from controlroom.training.side_networks import new_controlnet, picture_pixels
 
 MULTI = "multi"
 """In the place of a kind: all of them."""
 EMPTY_SHARE = 0.5
 """Samples without words."""
 HELD_OUT_SCENES = 16
-_WIDTHS = (8, 16, 32, 64, 96)
-
-
-def new_controlnet(unet: Any, halvings: int, channels: int = 3) -> ControlNetModel:
-    """A ControlNet that starts as the UNet's encoder; its condition is halved as often as the autoencoder halves."""
-    return ControlNetModel.from_unet(
-        unet, conditioning_embedding_out_channels=_WIDTHS[: halvings + 1], conditioning_channels=channels
-    )
 
 
 def condition_pixels(scene: Scene, kind: str) -> Tensor:
     """[3, 128, 128] in [0, 1]: a condition of a scene, as `ControlNet` reads its picture."""
     return picture_pixels(condition(scene, kind, CANVAS).picture)
-
-
-def picture_pixels(picture: Image.Image) -> Tensor:
-    """[3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from controlroom.data.theatre.scene import Dice
 from controlroom.data.theatre.vocabulary import WORLD_VERSION
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
-from controlroom.training.recipes.theatre_controlnet import new_controlnet
 from controlroom.training.recipes.theatre_pairs import (
     EMPTY_SHARE,
     FOCUS,
@@ -39,6 +38,7 @@ from controlroom.training.recipes.theatre_pairs import (
     Pairs,
     pair_words,
 )
+from controlroom.training.side_networks import new_controlnet
 
 ALONE_SHARE = 0.15
 """Samples of a ControlNet that learns beside a writer that do not see the reference."""

@@ -22,22 +22,7 @@ from controlroom.data.theatre.vocabulary import WORLD_VERSION
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipes.theatre_scenes import EMPTY_SHARE, SceneBatch, Scenes, condition_maps
-
-
-def new_t2i_adapter(unet: Any, halvings: int) -> T2IAdapter:
-    """A full adapter for a UNet, with fresh weights; its condition is shrunk as far as the autoencoder's pictures."""
-    return T2IAdapter(
-        in_channels=3,
-        channels=list(unet.config.block_out_channels),
-        num_res_blocks=2,
-        downscale_factor=2**halvings,
-        adapter_type="full_adapter",
-    )
-
-
-def cubic_timesteps(uniform: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) -> timesteps 0 to 999, most of them late."""
-    return ((1 - uniform**3) * 1000).long().clamp(0, 999)
+from controlroom.training.side_networks import cubic_timesteps, new_t2i_adapter
 
 
 class TheatreT2IAdapter:

@@ -34,17 +34,9 @@ from controlroom.training.clip_vision import image_encoder_of
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipes.theatre_scenes import EMPTY_SHARE, SceneBatch, Scenes, condition_maps
+from controlroom.training.side_networks import DROP_ALL, DROP_EACH, KEEP_ALL, kept
 
-KEEP_ALL, DROP_ALL, DROP_EACH = 0.1, 0.1, 0.5
 _FIRST, _WIDTHS = (16, 24, 32, 48), (48, 64, 64, 64)
-
-
-def kept(rng: StepRandom, conditions: int) -> Tensor:
-    """[B, conditions] of 0 and 1: which conditions of each sample are kept."""
-    case = rng.uniform("kept")[:, None]
-    each = (rng.uniform("kept each", (conditions,)) >= DROP_EACH).float()
-    each = torch.where(case < KEEP_ALL + DROP_ALL, torch.zeros_like(each), each)
-    return torch.where(case < KEEP_ALL, torch.ones_like(each), each)
 
 
 class TheatreUniControlNet:

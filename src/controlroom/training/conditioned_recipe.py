@@ -1,0 +1,209 @@
+"""What recipes share that teach a model to draw along something beside the words: edges, depth, what is around a hole.
+
+Each shows the user's own pictures with a tensor beside them, half of them without words as ControlNet's authors did
+(arXiv 2302.05543), so that what is to be drawn is read from the condition where the words say nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from controlroom.backbones.loading import find_model
+from controlroom.core.branch import Condition
+from controlroom.core.control import Control, Residuals
+from controlroom.core.errors import ModelError
+from controlroom.data.pictures import Picture
+from controlroom.signals.signal import Kind
+from controlroom.training.base_model import BaseModel
+from controlroom.training.buckets import BucketOrder
+from controlroom.training.conditions import ConditionMaps
+from controlroom.training.objective import Noised, Objective
+from controlroom.training.randomness import StepRandom
+from controlroom.training.recipe import Losses
+from controlroom.training.shown import Shown, ShownBatch
+from controlroom.training.shown_recipe import ShownSettings, without_words
+
+
+class ConditionedSettings(ShownSettings):
+    """What the settings of these recipes share."""
+
+    prompt: str | None = None
+    """Words for pictures without a caption."""
+    empty_prompts: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Share of samples without words."""
+    buckets: bool = True
+    """Whether pictures keep their shape, each batch of one; otherwise the middle of ``size`` is cut out."""
+    seed: int = Field(default=0, ge=0)
+    """Of new layers' weights."""
+
+    def prepared(self, base: BaseModel, pictures: Sequence[Picture]) -> Shown:
+        """The pictures as these settings show them."""
+        return Shown(base, pictures, self.prompt, size=self.hw, flip=self.flip, buckets=self.buckets)
+
+
+@dataclass(frozen=True)
+class ConditionedBatch:
+    """``shown`` as it is, and ``maps`` [B, c, H, W]: what stands beside the latents."""
+
+    shown: ShownBatch
+    maps: Tensor
+
+
+SettingsT = TypeVar("SettingsT", bound=ConditionedSettings)
+
+
+class ConditionedRecipe(Generic[SettingsT]):
+    """Base of such a recipe; the method says what is beside the latents, what trains, and what is written.
+
+    Args:
+        base: the model.
+        shown: the pictures.
+        settings: of the method.
+    """
+
+    name: str = ""
+
+    def __init__(self, base: BaseModel, shown: Shown, settings: SettingsT) -> None:
+        self.base, self.shown, self.settings = base, shown, settings
+        self.objective = Objective(base.backbone.scheduler, settings.objective)
+
+    def maps(self, indices: Sequence[int], step: int) -> Tensor:
+        """[B, c, H, W]: what stands beside pictures of these numbers."""
+        raise NotImplementedError
+
+    def predict(self, noisy: Tensor, t: Tensor, condition: Condition, maps: Tensor) -> Tensor:
+        """What the network predicts, told and shown this."""
+        raise NotImplementedError
+
+    def controls(self, index: int) -> list[Control]:
+        """What draws along the condition of a picture, for a preview."""
+        raise NotImplementedError
+
+    def draw(self, latents: Tensor, rng: StepRandom) -> Noised:
+        """Noise levels and noise of a step."""
+        return self.objective.draw(latents, rng)
+
+    # -- what the loop asks --
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """The networks that stay."""
+        return self.base.frozen()
+
+    def fingerprint(self) -> str:
+        """Data and settings, so that another training is not taken for this one."""
+        return f"{self.shown.fingerprint()} {self.settings.fingerprint()}"
+
+    def names(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """Names of pictures, for messages."""
+        return self.shown.batch(indices).names
+
+    def batch_order(self, batch_size: int, seed: int, first_slot: int) -> BucketOrder:
+        """Batches of one size."""
+        return self.shown.order(batch_size, seed, first_slot)
+
+    def batch(self, indices: Sequence[int], step: int) -> ConditionedBatch:
+        """The pictures of these numbers with their conditions."""
+        shown = self.shown.batch(indices)
+        return ConditionedBatch(shown, self.maps(indices, step).to(shown.latents.device))
+
+    def loss(self, batch: ConditionedBatch, step: int, rng: StepRandom) -> Losses:
+        shown = without_words(batch.shown, self.settings.empty_prompts, rng)
+        condition = self.base.condition(shown.prompts, shown.size)
+        drawn = self.draw(shown.latents, rng)
+        predicted = self.predict(drawn.latents, drawn.t, condition, batch.maps)
+        return Losses((self.objective.errors(predicted, drawn, shown.mask) * drawn.weight).mean())
+
+    def preview(self, step: int) -> list[tuple[str, Image.Image]]:
+        """The prompts of the settings, each along the condition of another picture, from the same noise every time."""
+        if not self.settings.previews:
+            return []
+        found: list[tuple[str, Image.Image]] = []
+        with self.base.drawing() as pipe:
+            for number, prompt in enumerate(self.settings.previews):
+                index = number % len(self.shown)
+                height, width = self.shown.batch([index]).size
+                more: dict[str, Any] = {"num_inference_steps": self.settings.preview_steps, "seed": number}
+                drawn = pipe(prompt, controls=self.controls(index), height=height, width=width, **more)
+                found.append((prompt, drawn.images[0]))
+        return found
+
+
+class SideSettings(ConditionedSettings):
+    """Of a network beside the frozen UNet that reads one kind of condition."""
+
+    kind: Kind | None = None
+    """What is found in each picture; not needed where pictures have a ``conditioning_image`` of their own."""
+    signal_model: str | None = None
+    """Network of the signal, for depth, normals, segmentation and poses: ``theatre`` or a folder."""
+    detector: str | None = None
+    """What finds the people of a pose, for networks of photographs."""
+    start_from: str | None = None
+    """Weights to go on from: a folder, a file, a name of the theatre. None: as the method begins."""
+
+    def maps(self, shown: Shown, folder: Path | None) -> ConditionMaps:
+        """Conditions of the pictures."""
+        return ConditionMaps(shown, folder, self.kind, self.signal_model, self.detector)
+
+    def found(self, what: str) -> Path | None:
+        """Where the weights to go on from are."""
+        return None if self.start_from is None else find_model(self.start_from, what)
+
+
+SideT = TypeVar("SideT", bound=SideSettings)
+
+
+class SideRecipe(ConditionedRecipe[SideT]):
+    """Base of a recipe of one network beside the frozen UNet.
+
+    Args:
+        base: the model, all of it frozen.
+        shown: the pictures.
+        settings: of the method.
+        conditions: of the pictures.
+        net: what trains.
+    """
+
+    def __init__(self, base: BaseModel, shown: Shown, settings: SideT, conditions: ConditionMaps, net: Any) -> None:
+        super().__init__(base, shown, settings)
+        self.conditions = conditions
+        self.net: Any = nn.Module.to(net, base.device).float().requires_grad_(True)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {self.name: self.net}
+
+    def maps(self, indices: Sequence[int], step: int) -> Tensor:
+        return self.conditions.rows(list(indices))
+
+    def residuals(self, noisy: Tensor, t: Tensor, condition: Condition, maps: Tensor) -> Residuals:
+        """What the network adds inside the UNet."""
+        raise NotImplementedError
+
+    def predict(self, noisy: Tensor, t: Tensor, condition: Condition, maps: Tensor) -> Tensor:
+        """What the frozen network predicts with what the other one adds."""
+        told = condition.expand(len(noisy))
+        found, dtype = self.residuals(noisy, t, told, maps), self.base.unet.dtype
+        mid = None if found.mid is None else found.mid.to(dtype)
+        down, inner = (tuple(x.to(dtype) for x in part) for part in (found.down, found.intrablock))
+        return self.base.predict(noisy, t, told, Residuals(found.branches, down, mid, inner))
+
+    def take(self, net: Any, name: Path) -> None:
+        """Go on from the weights of another network of the same shape.
+
+        Raises:
+            ModelError: it has another.
+        """
+        own, other = self.net.state_dict(), net.state_dict()
+        wrong = next((key for key in own if key not in other or own[key].shape != other[key].shape), None)
+        if wrong is not None or len(own) != len(other):
+            raise ModelError(
+                f"{name} has layers of another shape ({wrong or 'more of them'}). Give it as the setting start_from of "
+                "the recipe, which takes the shape over."
+            )
+        self.net.load_state_dict(other)
