@@ -284,5 +284,11 @@ def test_the_command_prints_a_run_that_draws(
     assert main(["generate", "--config", "run.yaml", "--steps", "2", "--size", "32", "-o", "out.png"]) == 0
     assert Path("out.png").exists()
     capsys.readouterr()
+    assert main(["plan", words, "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed)["prompt"] == words
+    Path("run.json").write_text(printed)
+    assert main(["explain", "run.json"]) == 0
+    capsys.readouterr()
     assert main(["plan", "a cat"]) == 2
     assert "names one thing" in capsys.readouterr().err

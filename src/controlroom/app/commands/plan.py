@@ -1,4 +1,4 @@
-"""``controlroom plan``: a prompt split into regions, as the YAML file of a run."""
+"""``controlroom plan``: a prompt split into regions, as the file of a run."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def plan(
     retries: Annotated[int, typer.Option(min=0, max=20, help="How often a model is asked again.")] = 3,
     model: Annotated[str | None, typer.Option(help="Model of the run. Default: theatre.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the run.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the run as JSON, which is read as YAML is.")] = False,
 ) -> None:
     """Split a prompt into regions and print the run that draws them: `plan … | generate --config -`."""
     from controlroom.app import runs
@@ -32,4 +33,5 @@ def plan(
         runs.quiet_libraries()
     chosen = PlannerSettings(text_model=text_model, endpoint=endpoint, endpoint_model=endpoint_model, retries=retries)
     spec = plan_regions(prompt, chosen).spec(base_ratio)
-    typer.echo(runs.changed(spec, {"model": model, "seed": seed}).to_yaml(), nl=False)
+    run = runs.changed(spec, {"model": model, "seed": seed})
+    typer.echo(run.to_json() if json else run.to_yaml().rstrip("\n"))
