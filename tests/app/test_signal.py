@@ -11,10 +11,13 @@ from PIL import Image
 
 from controlroom.app.cli import main
 from controlroom.backbones import loading
+from controlroom.data.theatre.attributes import attributes
+from controlroom.data.theatre.captioner import caption_of
 from controlroom.data.theatre.conditions import condition
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import sample_scene
 from controlroom.signals.canny import canny
+from tests.evaluation.suites.stage import Knows
 
 SCENE = sample_scene(0, "held_out")
 
@@ -61,3 +64,33 @@ def test_what_cannot_be_is_one_line(
         found = capsys.readouterr().err.strip()
         assert message in found and found.count("\n") == 0
     assert not Path(out).exists()
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    from controlroom.evaluation.extractors import theatre
+
+    monkeypatch.setattr(theatre, "theatre_reader", lambda: Knows([SCENE]))
+
+
+@pytest.mark.usefixtures("reader")
+def test_a_caption_is_printed_and_written(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected, out = caption_of(attributes(SCENE)), picture.with_name("said.txt")
+    assert expected and main(["signal", "caption", str(picture)]) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert main(["signal", "caption", str(picture), "-o", str(out), "--model", "theatre", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"caption": expected, "files": [str(out)]}
+    assert out.read_text() == f"{expected}\n"
+
+
+@pytest.mark.usefixtures("reader")
+def test_what_is_no_caption_is_one_line(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["caption", str(picture), "--preview"], "A caption is a sentence"),
+        (["caption", str(picture), "-o", str(picture.with_name("said.png"))], "ends with .txt"),
+        (["caption", str(picture), "--model", "nowhere"], "nowhere"),
+        (["canny", str(picture)], "Where shall the map go"),
+    ):
+        assert main(["signal", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in picture.parent.iterdir()] == [picture.name]

@@ -88,7 +88,7 @@ class TestChoice:
             (Words(None, SOURCE, " "), "auto", "--to are empty"),
             (Words("make it red"), "masactrl", "masactrl needs what the picture shall show"),
             (Words(None, SOURCE, TARGET), "instruct_pix2pix", "needs an instruction"),
-            (Words(None, None, TARGET), "null_text", "say what it shows"),
+            (Words(None, None, TARGET), "null_text", "say what it shows.*controlroom signal caption"),
             (Words(None, SOURCE, TARGET), "magic", "Unknown method 'magic'"),
         ],
     )

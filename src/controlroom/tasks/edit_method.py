@@ -120,7 +120,10 @@ def choose(words: Words, method: str = "auto") -> tuple[Method, str]:
         needs = "an instruction" if method == "instruct_pix2pix" else "what the picture shall show (--to)"
         raise InputError(f"The method {method} needs {needs}. Give it, or another --method.")
     if method in INVERSIONS and words.source is None:
-        raise InputError(f"The method {method} inverts the picture: say what it shows (--from).")
+        raise InputError(
+            f"The method {method} inverts the picture: say what it shows (--from). controlroom signal caption "
+            "IMAGE suggests words."
+        )
     return method, f"{method}, as asked for"  # type: ignore[return-value]
 
 
