@@ -143,7 +143,7 @@ def test_a_picture_with_nothing_to_find_is_named(tmp_path: Path, monkeypatch: py
     recipe = maker(tmp_path, pictures=conditioned())()
     with pytest.raises(InputError, match=r"^0.png: There is nobody .* conditioning_image"):
         maker(tmp_path)()
-    assert not ConditionMaps(recipe.shown, None, "pose", given=False, absent=True).rows([0]).any()
+    assert not ConditionMaps(None, "pose", given=False, absent=True).rows(recipe.shown, [(0, False)]).any()
 
 
 def test_its_export_draws_in_diffusers_and_here_alike(tmp_path: Path) -> None:
@@ -196,6 +196,16 @@ def test_the_command_trains_on_a_folder(tmp_path: Path, given: bool) -> None:
     plan.prepare(rehearsal=True)
     assert not (tmp_path / "run").exists()
     assert (plan.run().weights / "config.json").is_file()
+
+
+def test_it_measures_itself_on_other_pictures(tmp_path: Path) -> None:
+    folder = written(tmp_path / "others", 2)
+    recipe = maker(tmp_path, pictures=conditioned(), validation=str(folder))()
+    before = recipe.validate(0)
+    assert before["held_out"] == pytest.approx(before["unet_alone"], rel=1e-5)
+    after = stirred(recipe).validate(0)
+    assert after["unet_alone"] == before["unet_alone"] and abs(after["held_out"] - before["held_out"]) > 1e-4
+    assert not maker(tmp_path)().has_held_out and maker(tmp_path)().validate(0) == {}
 
 
 def test_a_table_names_conditions(tmp_path: Path) -> None:

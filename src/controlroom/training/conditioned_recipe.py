@@ -19,11 +19,11 @@ from controlroom.backbones.loading import find_model
 from controlroom.core.branch import Condition
 from controlroom.core.control import Control, Residuals
 from controlroom.core.errors import ModelError
-from controlroom.data.pictures import Picture
 from controlroom.signals.signal import Kind
 from controlroom.training.base_model import BaseModel
 from controlroom.training.buckets import BucketOrder
-from controlroom.training.conditions import ConditionMaps
+from controlroom.training.conditions import ConditionMaps, Places, Row
+from controlroom.training.held_out import mean_over
 from controlroom.training.objective import Noised, Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
@@ -42,10 +42,6 @@ class ConditionedSettings(ShownSettings):
     """Whether pictures keep their shape, each batch of one; otherwise the middle of ``size`` is cut out."""
     seed: int = Field(default=0, ge=0)
     """Of new layers' weights."""
-
-    def prepared(self, base: BaseModel, pictures: Sequence[Picture]) -> Shown:
-        """The pictures as these settings show them."""
-        return Shown(base, pictures, self.prompt, size=self.hw, flip=self.flip, buckets=self.buckets)
 
 
 @dataclass(frozen=True)
@@ -66,23 +62,25 @@ class ConditionedRecipe(Generic[SettingsT]):
         base: the model.
         shown: the pictures.
         settings: of the method.
+        held_out: pictures that the error is measured on, on the way; None: none.
     """
 
     name: str = ""
 
-    def __init__(self, base: BaseModel, shown: Shown, settings: SettingsT) -> None:
-        self.base, self.shown, self.settings = base, shown, settings
+    def __init__(self, base: BaseModel, shown: Shown, settings: SettingsT, held_out: Shown | None = None) -> None:
+        self.base, self.shown, self.settings, self.held_out = base, shown, settings, held_out
         self.objective = Objective(base.backbone.scheduler, settings.objective)
+        self._places = Places(shown)
 
-    def maps(self, indices: Sequence[int], step: int) -> Tensor:
-        """[B, c, H, W]: what stands beside pictures of these numbers."""
+    def maps(self, shown: Shown, rows: Sequence[Row], step: int) -> Tensor:
+        """[B, c, H, W]: what stands beside these pictures."""
         raise NotImplementedError
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Condition, maps: Tensor) -> Tensor:
         """What the network predicts, told and shown this."""
         raise NotImplementedError
 
-    def controls(self, index: int) -> list[Control]:
+    def controls(self, row: Row) -> list[Control]:
         """What draws along the condition of a picture, for a preview."""
         raise NotImplementedError
 
@@ -110,8 +108,8 @@ class ConditionedRecipe(Generic[SettingsT]):
 
     def batch(self, indices: Sequence[int], step: int) -> ConditionedBatch:
         """The pictures of these numbers with their conditions."""
-        shown = self.shown.batch(indices)
-        return ConditionedBatch(shown, self.maps(indices, step).to(shown.latents.device))
+        shown, rows = self.shown.batch(indices), [self._places[index] for index in indices]
+        return ConditionedBatch(shown, self.maps(self.shown, rows, step).to(shown.latents.device))
 
     def loss(self, batch: ConditionedBatch, step: int, rng: StepRandom) -> Losses:
         shown = without_words(batch.shown, self.settings.empty_prompts, rng)
@@ -120,6 +118,29 @@ class ConditionedRecipe(Generic[SettingsT]):
         predicted = self.predict(drawn.latents, drawn.t, condition, batch.maps)
         return Losses((self.objective.errors(predicted, drawn, shown.mask) * drawn.weight).mean())
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are pictures to measure on."""
+        return self.held_out is not None
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Error on the held-out pictures, at fixed timesteps with the same noise and conditions every time."""
+        if self.held_out is None:
+            return {}
+        numbers = {picture.name: number for number, picture in enumerate(self.held_out.pictures)}
+        found = []
+        for part in self.held_out.parts():
+            maps = self.maps(self.held_out, [(numbers[name], False) for name in part.names], 0).to(self.base.device)
+            condition = self.base.condition(part.prompts, part.size)
+            found.append((len(part.names), self.errors(part, condition, maps)))
+        return mean_over(found)
+
+    def errors(self, part: ShownBatch, condition: Condition, maps: Tensor) -> dict[str, float]:
+        """What is measured of held-out pictures."""
+        latents = part.latents.to(self.base.device)
+        error = self.objective.held_out(lambda x, t: self.predict(x, t, condition, maps), latents, part.mask)
+        return {"held_out": error}
+
     def preview(self, step: int) -> list[tuple[str, Image.Image]]:
         """The prompts of the settings, each along the condition of another picture, from the same noise every time."""
         if not self.settings.previews:
@@ -127,10 +148,10 @@ class ConditionedRecipe(Generic[SettingsT]):
         found: list[tuple[str, Image.Image]] = []
         with self.base.drawing() as pipe:
             for number, prompt in enumerate(self.settings.previews):
-                index = number % len(self.shown)
-                height, width = self.shown.batch([index]).size
+                row = (number % len(self.shown.pictures), False)
+                height, width = self.shown.crops[row[0]].bucket.size
                 more: dict[str, Any] = {"num_inference_steps": self.settings.preview_steps, "seed": number}
-                drawn = pipe(prompt, controls=self.controls(index), height=height, width=width, **more)
+                drawn = pipe(prompt, controls=self.controls(row), height=height, width=width, **more)
                 found.append((prompt, drawn.images[0]))
         return found
 
@@ -147,9 +168,9 @@ class SideSettings(ConditionedSettings):
     start_from: str | None = None
     """Weights to go on from: a folder, a file, a name of the theatre. None: as the method begins."""
 
-    def maps(self, shown: Shown, folder: Path | None) -> ConditionMaps:
-        """Conditions of the pictures."""
-        return ConditionMaps(shown, folder, self.kind, self.signal_model, self.detector)
+    def conditions(self, folder: Path | None) -> ConditionMaps:
+        """Where conditions of pictures come from."""
+        return ConditionMaps(folder, self.kind, self.signal_model, self.detector)
 
     def found(self, what: str) -> Path | None:
         """Where the weights to go on from are."""
@@ -168,18 +189,38 @@ class SideRecipe(ConditionedRecipe[SideT]):
         settings: of the method.
         conditions: of the pictures.
         net: what trains.
+        held_out: pictures that the error is measured on, on the way; None: none.
+
+    Raises:
+        InputError: no conditions of the pictures; see `ConditionMaps.fill`.
     """
 
-    def __init__(self, base: BaseModel, shown: Shown, settings: SideT, conditions: ConditionMaps, net: Any) -> None:
-        super().__init__(base, shown, settings)
-        self.conditions = conditions
+    def __init__(
+        self,
+        base: BaseModel,
+        shown: Shown,
+        settings: SideT,
+        conditions: ConditionMaps,
+        net: Any,
+        held_out: Shown | None = None,
+    ) -> None:
+        super().__init__(base, shown, settings, held_out)
+        self.conditions = conditions.fill(shown)
+        if held_out is not None:
+            conditions.fill(held_out)
         self.net: Any = nn.Module.to(net, base.device).float().requires_grad_(True)
 
     def modules(self) -> dict[str, nn.Module]:
         return {self.name: self.net}
 
-    def maps(self, indices: Sequence[int], step: int) -> Tensor:
-        return self.conditions.rows(list(indices))
+    def maps(self, shown: Shown, rows: Sequence[Row], step: int) -> Tensor:
+        return self.conditions.rows(shown, rows)
+
+    def errors(self, part: ShownBatch, condition: Condition, maps: Tensor) -> dict[str, float]:
+        """With the conditions, and of the UNet alone, which does not see them."""
+        latents = part.latents.to(self.base.device)
+        alone = self.objective.held_out(lambda x, t: self.base.predict(x, t, condition), latents, part.mask)
+        return {**super().errors(part, condition, maps), "unet_alone": alone}
 
     def residuals(self, noisy: Tensor, t: Tensor, condition: Condition, maps: Tensor) -> Residuals:
         """What the network adds inside the UNet."""

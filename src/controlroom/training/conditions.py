@@ -5,6 +5,7 @@ Each is made once, from the pixels that are shown (cropped, and mirrored where t
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,44 +27,50 @@ _FOLDER = "maps"
 _ONE_SIDED = ("normal", "pose")
 
 
+Row = tuple[int, bool]
+"""Number of a picture, and whether it is shown mirrored."""
+
+
 class Places:
     """Which picture a number of `Shown` is, and whether it is mirrored."""
 
     def __init__(self, shown: Shown) -> None:
         self._of = [number for number, picture in enumerate(shown.pictures) for _ in range(picture.repeats)]
-        self.every = [
-            (n, side) for n in range(len(shown.pictures)) for side in ((False, True) if shown.flip else (False,))
-        ]
 
-    def __getitem__(self, index: int) -> tuple[int, bool]:
+    def __getitem__(self, index: int) -> Row:
         return self._of[index % len(self._of)], index >= len(self._of)
 
 
-def pixels_shown(shown: Shown, number: int, mirrored: bool) -> Image.Image:
+def every_row(shown: Shown) -> list[Row]:
+    """Each picture once, and once mirrored where it is shown so."""
+    sides = (False, True) if shown.flip else (False,)
+    return [(number, mirrored) for number in range(len(shown.pictures)) for mirrored in sides]
+
+
+def pixels_shown(shown: Shown, row: Row) -> Image.Image:
     """A picture as it is shown."""
-    found = shown.crops[number].apply(shown.pictures[number].read())
-    return ImageOps.mirror(found) if mirrored else found
+    found = shown.crops[row[0]].apply(shown.pictures[row[0]].read())
+    return ImageOps.mirror(found) if row[1] else found
+
+
+def row_pixels(pictures: Iterable[Image.Image]) -> Tensor:
+    """[B, 3, H, W], uint8."""
+    return torch.stack([torch.from_numpy(np.array(one.convert("RGB"))).permute(2, 0, 1) for one in pictures])
 
 
 class ConditionMaps:
     """One condition of every picture, in the size in which it is shown.
 
     Args:
-        shown: the pictures. Where they have conditions of their own (`ConditionedPicture`), those are read.
         folder: of the run; maps are kept in ``maps/`` in it. None: in memory.
         kind: which signal finds the conditions of pictures that have none.
         model, detector: of the signal, as `choose_signal` takes them.
-        given: whether conditions of pictures' own are read.
+        given: whether conditions of pictures' own (`ConditionedPicture`) are read.
         absent: whether a map is black where the signal finds nothing (nobody, for a pose); otherwise that is an error.
-
-    Raises:
-        InputError: some pictures with a condition and some without, none and no kind, a signal that finds nothing, a
-            condition that cannot be read, or mirrored ones that would say something else.
     """
 
     def __init__(
         self,
-        shown: Shown,
         folder: Path | None,
         kind: str | None = None,
         model: str | None = None,
@@ -71,64 +78,75 @@ class ConditionMaps:
         given: bool = True,
         absent: bool = False,
     ) -> None:
-        self.shown, self.places, self.absent = shown, Places(shown), absent
-        self.signal: Signal | None = None
-        self._what = "given"
-        if not (given and _all_given(shown.pictures)):
-            if kind is None:
-                raise InputError(
-                    f"{shown.pictures[0].name} has no condition. Give a kind, such as kind='canny', to have it found "
-                    "in each picture, or name its file as conditioning_image in metadata.jsonl."
-                )
-            self.signal = choose_signal(kind, model, detector)
-            self._what = f"{kind} {model} {detector} {absent}"
-        elif shown.flip and (kind is None or kind in _ONE_SIDED):
-            raise InputError(
-                "flip mirrors the conditions as well, and a mirrored pose or normal map says something else. Leave "
-                "flip out, or say with kind that they are something else."
-            )
+        self.kind, self.model, self.detector, self.given, self.absent = kind, model, detector, given, absent
+        self._signal: Signal | None = None
         self._store = None if folder is None else EntryStore(folder / _FOLDER)
         self._kept: dict[str, Tensor] = {}
-        for number, mirrored in self.places.every:
-            self._map(number, mirrored)
 
-    def rows(self, indices: list[int]) -> Tensor:
-        """[B, 3, H, W] in [0, 1]: the conditions of the pictures of these numbers, all of one size."""
-        return torch.stack([self._map(*self.places[index]) for index in indices]).float() / 255
+    def fill(self, shown: Shown) -> ConditionMaps:
+        """Make what is missing of these pictures.
 
-    def _map(self, number: int, mirrored: bool) -> Tensor:
+        Raises:
+            InputError: some pictures with a condition and some without, none and no kind, a signal that finds nothing,
+                a condition that cannot be read, or mirrored ones that would say something else.
+        """
+        if self.given and _all_given(shown.pictures):
+            if shown.flip and (self.kind is None or self.kind in _ONE_SIDED):
+                raise InputError(
+                    "flip mirrors the conditions as well, and a mirrored pose or normal map says something else. Leave "
+                    "flip out, or say with kind that they are something else."
+                )
+        elif self.kind is None:
+            raise InputError(
+                f"{shown.pictures[0].name} has no condition. Give a kind, such as kind='canny', to have it found in "
+                "each picture, or name its file as conditioning_image in metadata.jsonl."
+            )
+        for row in every_row(shown):
+            self._map(shown, row)
+        return self
+
+    def rows(self, shown: Shown, rows: Sequence[Row]) -> Tensor:
+        """[B, 3, H, W] in [0, 1]: the conditions of these pictures, all of one size."""
+        return torch.stack([self._map(shown, row) for row in rows]).float() / 255
+
+    def _map(self, shown: Shown, row: Row) -> Tensor:
         """[3, H, W], uint8; made where it is not there yet."""
-        key = key_of(
-            _VERSION, self.shown.pictures[number].content, self.shown.crops[number].key, f"{self._what} {mirrored}"
-        )
+        picture = shown.pictures[row[0]]
+        what = "given" if self._is_given(picture) else f"{self.kind} {self.model} {self.detector} {self.absent}"
+        key = key_of(_VERSION, picture.content, shown.crops[row[0]].key, f"{what} {row[1]}")
         if self._store is None:
             if key not in self._kept:
-                self._kept[key] = self._made(number, mirrored)
+                self._kept[key] = self._made(shown, row)
             return self._kept[key]
         found = self._store.read(key)
         if found is None:
-            found = {"map": self._made(number, mirrored)}
+            found = {"map": self._made(shown, row)}
             self._store.write(key, found)
         return found["map"]
 
-    def _made(self, number: int, mirrored: bool) -> Tensor:
-        picture = self.shown.pictures[number]
-        if self.signal is None:
-            assert isinstance(picture, ConditionedPicture)
-            drawn = self.shown.crops[number].apply(fit(picture.condition.read(), *picture.size, "stretch"))
+    def _is_given(self, picture: Picture) -> bool:
+        return self.given and isinstance(picture, ConditionedPicture)
+
+    def _made(self, shown: Shown, row: Row) -> Tensor:
+        number, mirrored = row
+        picture = shown.pictures[number]
+        if self.given and isinstance(picture, ConditionedPicture):
+            drawn = shown.crops[number].apply(fit(picture.condition.read(), *picture.size, "stretch"))
             drawn = ImageOps.mirror(drawn) if mirrored else drawn
         else:
             # Of the mirrored picture, and not the mirrored map: a left arm is a left arm.
-            seen = pixels_shown(self.shown, number, mirrored)
-            try:
-                drawn = self.signal(seen).picture
-            except InputError as error:
-                if not self.absent:
-                    raise InputError(
-                        f"{picture.name}: {error} Take it out of the set, or name its conditioning_image."
-                    ) from error
-                drawn = Image.new("RGB", seen.size)
-        return torch.from_numpy(np.array(drawn.convert("RGB"))).permute(2, 0, 1).contiguous()
+            drawn = self._found(pixels_shown(shown, row), picture.name)
+        return row_pixels([drawn])[0].contiguous()
+
+    def _found(self, seen: Image.Image, name: str) -> Image.Image:
+        if self._signal is None:
+            self._signal = choose_signal(str(self.kind), self.model, self.detector)
+        try:
+            return self._signal(seen).picture
+        except InputError as error:
+            if not self.absent:
+                raise InputError(f"{name}: {error} Take it out of the set, or name its conditioning_image.") from error
+            return Image.new("RGB", seen.size)
 
 
 def _all_given(pictures: tuple[Picture, ...]) -> bool:

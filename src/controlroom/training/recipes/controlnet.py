@@ -23,7 +23,7 @@ from controlroom.data.pictures import Picture
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
 from controlroom.training.conditioned_recipe import SideRecipe, SideSettings
-from controlroom.training.conditions import ConditionMaps
+from controlroom.training.conditions import ConditionMaps, Row
 from controlroom.training.shown import Shown
 from controlroom.training.side_networks import PUBLISHED_WIDTHS, new_controlnet
 
@@ -35,8 +35,8 @@ class ControlNetSettings(SideSettings):
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path | None) -> ControlNetRecipe:
         base = BaseModel(pipe)
-        shown = self.prepared(base, pictures)
-        return ControlNetRecipe(base, shown, self, self.maps(shown, folder))
+        shown, held_out = self.shown(base, pictures, self.prompt, buckets=self.buckets)
+        return ControlNetRecipe(base, shown, self, self.conditions(folder), held_out)
 
     def rehearsal(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> ControlNetRecipe:
         return self.build(pipe, pictures, None)
@@ -50,6 +50,7 @@ class ControlNetRecipe(SideRecipe[ControlNetSettings]):
         shown: the pictures.
         settings: see `ControlNetSettings`.
         conditions: of the pictures.
+        held_out: pictures that the error is measured on, on the way; None: none.
 
     Exported is a folder in diffusers' layout, for `cr.ControlNet`.
 
@@ -60,7 +61,14 @@ class ControlNetRecipe(SideRecipe[ControlNetSettings]):
 
     name = "controlnet"
 
-    def __init__(self, base: BaseModel, shown: Shown, settings: ControlNetSettings, conditions: ConditionMaps) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        shown: Shown,
+        settings: ControlNetSettings,
+        conditions: ConditionMaps,
+        held_out: Shown | None = None,
+    ) -> None:
         start = settings.found("ControlNet")
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
@@ -74,7 +82,7 @@ class ControlNetRecipe(SideRecipe[ControlNetSettings]):
                 f"{settings.start_from} reads {net.config.conditioning_channels} channels: it is for several kinds of "
                 "condition. Go on from one for a single kind."
             )
-        super().__init__(base, shown, settings, conditions, net)
+        super().__init__(base, shown, settings, conditions, net, held_out)
         if base.device.type == "cpu":
             from diffusers.models.attention_processor import AttnProcessor
 
@@ -93,8 +101,8 @@ class ControlNetRecipe(SideRecipe[ControlNetSettings]):
         )
         return Residuals(("cond",), tuple(down), mid)
 
-    def controls(self, index: int) -> list[Control]:
-        return [ControlNet(self.net, self.maps([index], 0)[0])]
+    def controls(self, row: Row) -> list[Control]:
+        return [ControlNet(self.net, self.maps(self.shown, [row], 0)[0])]
 
     def export(self, folder: Path) -> None:
         self.net.save_pretrained(folder)
