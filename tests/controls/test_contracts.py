@@ -140,7 +140,7 @@ SETTINGS: dict[str, Callable[[Path], dict[str, Any]]] = {
 """Type of a control -> settings with which it acts, of what lies in a folder made by `files`."""
 
 NEUTRAL: dict[str, dict[str, Any]] = {
-    "cross_image_attention": {"end": 0.0},
+    "cross_image_attention": {"scale": 0.0},
     "ctrl_x": {"structure": None, "appearance": None},
     "appearance_control": {"scale": 0.0},
     "attend_and_excite": {"step_size": 0.0},

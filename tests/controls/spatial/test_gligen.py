@@ -80,7 +80,7 @@ def test_latents_equal_diffusers(kind: str, beta: float, settings: dict[str, Any
     assert (beta == 0.0) == bool((ours - without).abs().max() < 0.02 * theirs.std())
 
 
-@pytest.mark.parametrize("settings", [{"scale": 0.0}, {"scheduled_sampling_beta": 0.2}])
+@pytest.mark.parametrize("settings", [{"scale": 0.0}, {"scheduled_sampling_beta": 0.2}, {"end": 0.0}, {"start": 0.3}])
 def test_neutral_is_absence_bit_for_bit_and_free(pipe: Pipeline, settings: dict[str, Any]) -> None:
     without, neutral = draw(pipe), draw(pipe, Gligen(PHRASES, BOXES, **settings))
     assert torch.equal(without.images, neutral.images)
@@ -91,6 +91,13 @@ def test_small_scale_is_close_to_absence(pipe: Pipeline) -> None:
     without = draw(pipe).images
     little = draw(pipe, Gligen(PHRASES, BOXES, 1.0, scale=1e-4)).images
     assert 0 < (little - without).abs().max() < 1e-2 * without.std()
+
+
+def test_window_lies_within_the_share_of_the_steps(pipe: Pipeline) -> None:
+    assert Gligen(PHRASES, BOXES, 0.8, start=0.2, end=0.7).window(10) == {2, 3, 4, 5, 6}
+    assert Gligen(PHRASES, BOXES, 0.5, start=0.2, end=0.7).window(10) == {2, 3, 4}
+    late, whole = (draw(pipe, Gligen(PHRASES, BOXES, 1.0, start=start)).images for start in (0.5, 0.0))
+    assert not torch.equal(late, whole) and not torch.equal(late, draw(pipe).images)
 
 
 def test_costs_no_row_and_no_pass(pipe: Pipeline) -> None:

@@ -225,10 +225,26 @@ def test_contrast() -> None:
     torch.testing.assert_close(contrasted(q, k, v, 2.0), expected @ v)
 
 
-def test_empty_window_is_absence_bit_for_bit(pipe: Pipeline) -> None:
+@pytest.mark.parametrize("settings", [{"end": 0.0}, {"scale": 0.0}])
+def test_absence_is_bit_for_bit_and_free(pipe: Pipeline, settings: dict[str, Any]) -> None:
     plain = pipe(PROMPT, **DRAW)
-    ours = pipe(PROMPT, controls=[CrossImageAttention(picture(), picture(1), end=0.0)], **DRAW)
+    ours = pipe(PROMPT, controls=[CrossImageAttention(picture(), picture(1), **settings)], **DRAW)
     assert torch.equal(ours.images, plain.images) and ours.manifest["cost"] == plain.manifest["cost"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_small_scale_leaves_the_structure(pipe: Pipeline, masked: bool) -> None:
+    """What is drawn without a swap, its guidance and AdaIN; from there it grows in proportion."""
+    mask = np.ones((32, 32), np.float32) if masked else None
+
+    def draw(**settings: Any) -> torch.Tensor:
+        control = CrossImageAttention(picture(0), picture(1), mask=mask, **{**SETTINGS, **settings})
+        return pipe(PROMPT, controls=[control], **DRAW).images
+
+    kept = draw(attention_start=1.0, latent_adain=False)
+    assert 0 < (draw(scale=1e-4) - kept).abs().max() < 1e-2 * kept.std()
+    little, twice = (float((draw(scale=scale) - kept).norm()) for scale in (0.01, 0.02))
+    assert 1.7 * little < twice < 2.3 * little
 
 
 def test_batches_are_as_if_alone(pipe: Pipeline) -> None:

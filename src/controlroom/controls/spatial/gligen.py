@@ -3,9 +3,9 @@
 A UNet trained for it has a further, gated self-attention between the self- and the cross-attention of each transformer
 block, in which the picture sees one token for each phrase with its box. It acts in the first steps only.
 
-Deviations from diffusers: ``scale`` and ``mask``; more than thirty boxes are an error; with views of a canvas each view
-has the boxes as they lie in it; Stable Diffusion XL shapes read the pooled states of both text encoders, as there are
-no public weights to follow. GLIGEN's inpainting and its pictures in boxes are not here.
+Deviations from diffusers: ``scale``, ``mask``, ``start`` and ``end``; more than thirty boxes are an error; with views
+of a canvas each view has the boxes as they lie in it; Stable Diffusion XL shapes read the pooled states of both text
+encoders, as there are no public weights to follow. GLIGEN's inpainting and its pictures in boxes are not here.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Gligen(Control):
         scheduled_sampling_beta: share of the steps, from the first on, in which it acts. 0 is its absence.
         scale: of what the gated layers add. 0 is the absence of the control.
         mask: white where it may act: a picture, a list of one for each prompt, or words of the prompt.
+        start, end: share of the steps between which it acts, within ``scheduled_sampling_beta``.
 
     Raises:
         InputError: phrases and boxes that do not belong together, boxes without an area or outside of the picture.
@@ -75,6 +76,8 @@ class Gligen(Control):
     scheduled_sampling_beta: float = Field(default=0.3, ge=0.0, le=1.0)
     scale: float = 1.0
     mask: MaskInput = None
+    start: float = Field(default=0.0, ge=0.0, le=1.0)
+    end: float = Field(default=1.0, ge=0.0, le=1.0)
 
     @model_validator(mode="after")
     def _together(self) -> Gligen:
@@ -93,7 +96,7 @@ class Gligen(Control):
         return self
 
     def window(self, n: int) -> frozenset[int]:
-        return frozenset(range(int(self.scheduled_sampling_beta * n)))
+        return super().window(n) & frozenset(range(int(self.scheduled_sampling_beta * n)))
 
     def declare(self, outline: Outline) -> Declaration:
         blocks = [site for site in outline.sites("self") if site.name.endswith(".attn1")]

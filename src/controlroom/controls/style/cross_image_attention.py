@@ -11,8 +11,8 @@ what a step then lacks to the next level is the noise of that step. Here that ha
 is predicted beside the picture, and its lacking noise is added to both, so no pass is spent on an inversion.
 
 Deviations from the published code: inversion and drawing have the same guidance (there: 3.5 and none); no FreeU; no
-segmentation from attention, masks are given; attention too stays inside ``mask`` (there: AdaIN alone); steps count from
-0 (there attention's counter lags by one); with guidance above 1 swap guidance is off in both.
+segmentation from attention, masks are given; ``scale``; attention too stays inside ``mask`` (there: AdaIN alone);
+steps count from 0 (there attention's counter lags by one); with guidance above 1 swap guidance is off in both.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class CrossImageAttention(Control):
         structure_until: share of the steps after which they are no more.
         latent_adain: latents take over mean and deviation of the appearance's.
         adain_start: share of the steps after which they do.
+        scale: how much of the swap, its guidance and AdaIN is done, from 0 to 1; towards 0 the structure comes back as
+            it was, 0 is the absence of the control.
 
     Raises:
         InputError: at the start: pictures or masks that cannot be read or do not fit, or another scheduler.
@@ -82,12 +84,9 @@ class CrossImageAttention(Control):
     structure_until: float = Field(default=0.6, ge=0.0, le=1.0)
     latent_adain: bool = True
     adain_start: float = Field(default=0.3, ge=0.0, le=1.0)
+    scale: float = Field(default=1.0, ge=0.0, le=1.0)
 
     # Planning.
-
-    def neutral(self, n: int) -> bool:
-        """No step is left."""
-        return not self.window(n)
 
     def reaches(self, branch: Branch) -> bool:
         """The picture with its prompt. Branches of other controls that it is compared with keep their own attention."""
@@ -171,7 +170,7 @@ class CrossImageAttention(Control):
         memory: _Memory = step.memory(self)
         for branch in call.reached(self):
             mask = None if memory.mask is None else _tokens(memory.mask, call.site.hw)
-            seen = _Seen(source, self.contrast, mask)
+            seen = _Seen(source, self.contrast, self.scale, mask)
             call.affine(branch, "q", seen.queries)
             call.affine(branch, "k", seen.keys)
             call.affine(branch, "v", seen.values)
@@ -191,7 +190,7 @@ class CrossImageAttention(Control):
         last = max(self.swap_guidance_scale / 2, 1.0)
         share = step.i / (step.n - 1) if step.n > 1 else 0.0
         scale = self.swap_guidance_scale + share * (last - self.swap_guidance_scale)
-        return (scale - 1) * (step.eps["cond"] - step.eps[UNSWAPPED])
+        return self.scale * (scale - 1) * (step.eps["cond"] - step.eps[UNSWAPPED])
 
     def finish(self, step: Step) -> None:
         """DDIM's step becomes one of DDPM with the structure's noise; then AdaIN."""
@@ -211,7 +210,11 @@ class CrossImageAttention(Control):
             hw = (latents.shape[2], latents.shape[3])
             mask, other = (None if m is None else resized_mask(m, hw) for m in (memory.mask, memory.appearance_mask))
             moved = adain(latents, memory.appearance.at(step.i + 1), (2, 3), mask, other)
-            latents = moved.to(latents) if mask is None else latents + (mask * (moved - latents)).to(latents)
+            if mask is None and self.scale == 1:
+                latents = moved.to(latents)
+            else:
+                share = self.scale if mask is None else self.scale * mask
+                latents = latents + (share * (moved - latents)).to(latents)
         step.latents[IMAGE] = latents
 
     def _structure(self, step: Step) -> torch.Tensor:
@@ -261,11 +264,13 @@ class _Seen:
     Attributes:
         source: branch whose keys and values answer.
         contrast: factor on the contrast of the probabilities.
+        scale: share of that answer; the rest is the branch's own.
         mask: [rows, 1, tokens, 1] where they do, or None; elsewhere the branch's own.
     """
 
     source: str
     contrast: float
+    scale: float
     mask: torch.Tensor | None
     q: torch.Tensor | None = None
     k: torch.Tensor | None = None
@@ -285,10 +290,11 @@ class _Seen:
         """The answer [rows, heads, tokens, width]."""
         assert self.q is not None and self.k is not None and self.own is not None
         answer = contrasted(self.q, self.k, lookup(self.source), self.contrast)
-        if self.mask is None:
+        if self.mask is None and self.scale == 1:
             return answer
-        alone = F.scaled_dot_product_attention(self.q, self.own, x)
-        return torch.lerp(alone.float(), answer, self.mask.to(answer))
+        alone = F.scaled_dot_product_attention(self.q, self.own, x).float()
+        share = torch.as_tensor(self.scale) if self.mask is None else self.scale * self.mask
+        return torch.lerp(alone, answer, share.to(answer))
 
 
 def contrasted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, contrast: float) -> torch.Tensor:
