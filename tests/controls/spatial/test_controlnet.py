@@ -94,8 +94,15 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 @pytest.mark.parametrize("kind", BACKBONES)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"scale": 0.6}, {"guess_mode": True}, {"start": 0.25, "end": 0.75}, {"image": picture(1, (48, 40))}],
-    ids=["plain", "scale", "guess", "window", "picture"],
+    [
+        {},
+        {"scale": 0.6},
+        {"guess_mode": True},
+        {"start": 0.25, "end": 0.75},
+        {"image": picture(1, (48, 40))},
+        {"image": mapped()[..., ::2, ::4]},
+    ],
+    ids=["plain", "scale", "guess", "window", "picture", "another size"],
 )
 def test_latents_equal_diffusers(kind: str, settings: dict[str, Any]) -> None:
     source = BACKBONES[kind]()

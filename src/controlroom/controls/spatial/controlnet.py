@@ -63,8 +63,9 @@ class ControlNet(Control):
     Args:
         model: folder in diffusers' layout, ``.safetensors`` file, downloaded hub id, name of the theatre
             (``theatre/pose``), or a loaded `diffusers.ControlNetModel` (used as it is).
-        image: condition map as picture (stretched to the size of the run) or tensor ``[C, H, W]`` (used as it is); for
-            a pose net also a `Pose` or OpenPose JSON, which is drawn. A list: one for each prompt.
+        image: condition map as picture (stretched to the size of the run) or tensor ``[C, H, W]``, whose values are
+            used as they are (in another size than the run's, those of the nearest pixels); for a pose net also a
+            `Pose` or OpenPose JSON, which is drawn. A list: one for each prompt.
         scale: factor of all residuals. 0 is the absence of the control.
         start, end: share of the steps between which it acts.
         mask: white where it may act; multiplies the residuals at each resolution. A picture, a list with one for each
