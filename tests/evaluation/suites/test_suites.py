@@ -379,3 +379,9 @@ def test_wrong_names_and_settings() -> None:
         open_suite("attend_and_excite", 1, {"step_size": 0})
     with pytest.raises(InputError, match="nonsense"):
         open_suite("attend_and_excite", 1, {"nonsense": 1})
+
+
+def test_every_suite_has_its_row_in_the_docs() -> None:
+    text = (Path(__file__).parents[3] / "docs/evaluation.md").read_text()
+    named = "".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    assert [name for name in SUITES if f"`{name}`" not in named] == []
