@@ -175,18 +175,22 @@ class Backbone:
 
     # Pictures.
 
-    def encode_picture(self, pixels: torch.Tensor, generator: Any = None) -> torch.Tensor:
-        """[B, 3, H, W] in [-1, 1] -> scaled latents; the mean of the posterior, or a sample with ``generator``."""
+    def posterior(self, pixels: torch.Tensor) -> Any:
+        """[B, 3, H, W] in [-1, 1] -> diffusers' distribution (``mean``, ``std``) of latents that are not scaled."""
         with self._vae_in_float32():
             pixels = pixels.to(device=execution_device(self.vae), dtype=self.vae.dtype)
-            posterior = self.vae.encode(pixels).latent_dist
-            if generator is None:
-                latents = posterior.mode()
-            else:
-                from controlroom.core.random import draw
+            return self.vae.encode(pixels).latent_dist
 
-                noise = draw(generator, posterior.mean.shape, posterior.mean.device, posterior.mean.dtype)
-                latents = posterior.mean + posterior.std * noise
+    def encode_picture(self, pixels: torch.Tensor, generator: Any = None) -> torch.Tensor:
+        """[B, 3, H, W] in [-1, 1] -> scaled latents; the mean of the posterior, or a sample with ``generator``."""
+        posterior = self.posterior(pixels)
+        if generator is None:
+            latents = posterior.mode()
+        else:
+            from controlroom.core.random import draw
+
+            noise = draw(generator, posterior.mean.shape, posterior.mean.device, posterior.mean.dtype)
+            latents = posterior.mean + posterior.std * noise
         shift, scale = self._latent_scale(latents)
         return ((latents - shift) * scale).to(device=self.device, dtype=self.dtype)
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from controlroom.core.control import describe
 from controlroom.core.errors import InputError
 from controlroom.training.catalog import RecipeEntry, recipe_entry
-from controlroom.training.recipe_settings import RecipeSettings, ValidatedSettings
+from controlroom.training.recipe_settings import EncodedSettings, RecipeSettings, ValidatedSettings
 from controlroom.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -54,13 +54,16 @@ class TrainingPlan:
         from controlroom.sampling.pipeline import Pipeline
         from controlroom.training.recipe import Compares
 
-        pictures = self.settings.read(self.data)
+        settings = self.settings
+        if rehearsal and isinstance(settings, EncodedSettings):
+            settings = settings.model_copy(update={"cache": None})
+        pictures = settings.read(self.data)
         pipe: Any = None
-        if self.settings.needs_model:
+        if settings.needs_model:
             pipe = Pipeline.from_pretrained(self.model)
             if self.loop.device != "cpu":
                 pipe.to(self.loop.device)
-        make = self.settings.rehearsal if rehearsal else self.settings.build
+        make = settings.rehearsal if rehearsal else settings.build
         recipe = make(pipe, pictures, self.loop.output_dir)
         if isinstance(recipe, Compares) and recipe.perceptual is not None:
             from controlroom.evaluation.extractors.choose import open_distance
@@ -175,6 +178,8 @@ def plan_training(
     from controlroom.training.shown_recipe import ShownSettings
 
     own = kind(**settings)
+    if isinstance(own, EncodedSettings) and "cache" not in settings:
+        own = own.model_copy(update={"cache": str(checked.output_dir / "cache")})
     watched = {
         "preview_every": isinstance(own, ShownSettings) and bool(own.previews),
         "validate_every": isinstance(own, ValidatedSettings) and own.validation is not None,

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from controlroom.core.branch import Condition
 from controlroom.core.control import Residuals
 from controlroom.core.errors import InputError, ModelError
 from controlroom.sampling.pipeline import Pipeline
+from controlroom.training.picture_cache import PictureCache, PictureEncoder
+from controlroom.training.text_cache import TextCache
 
 PART_NAMES = (*PARTS, "vae")
 # Captions of a set; beyond that many (a few hundred megabytes for Stable Diffusion 1) they are encoded again.
@@ -35,16 +38,18 @@ class BaseModel:
     Args:
         pipe: a loaded model; it stays as it is.
         trains: which of ``unet``, ``text_encoder``, ``text_encoder_2`` move as a whole.
+        cache_folder: where encoded pictures and prompts are kept, so that another run finds them; None: nowhere.
 
     Attributes:
         backbone: the pipeline's, with these networks.
         unet, vae: its networks.
+        pictures: encodes pictures, or reads them where they are kept.
 
     Raises:
         ModelError: a part that the model lacks, or a UNet that reads more than latents.
     """
 
-    def __init__(self, pipe: Pipeline, trains: Collection[str] = ()) -> None:
+    def __init__(self, pipe: Pipeline, trains: Collection[str] = (), cache_folder: Path | None = None) -> None:
         given = pipe.backbone
         reads, drawn = int(given.unet.config.in_channels), given.latent_channels
         if reads != drawn:
@@ -62,6 +67,11 @@ class BaseModel:
         self.backbone: Backbone = replace(given, **parts, kept={})
         self.trains = frozenset(trains)
         self._conditions: dict[tuple[str, tuple[int, int]], Condition] = {}
+        self._texts = None if cache_folder is None else TextCache(cache_folder, self.backbone)
+        self.pictures = PictureEncoder(self.vae, posterior=self.backbone.posterior)
+        if cache_folder is not None:
+            # In float32, so that a run is the same with and without.
+            self.pictures = PictureCache(cache_folder, self.vae, torch.float32, self.backbone.posterior)
         self.model, self._kind = pipe.model, type(pipe)
         if self.device.type == "cpu":
             from diffusers.models.attention_processor import AttnProcessor
@@ -124,7 +134,10 @@ class BaseModel:
         if key not in self._conditions:
             if len(self._conditions) >= _KEPT_CONDITIONS:
                 self._conditions.clear()
-            self._conditions[key] = self.backbone.encode_text([prompt], size=size)
+            # Under autocast the encoders say something else, which is not kept for runs without.
+            kept = None if torch.is_autocast_enabled(self.device.type) else self._texts
+            told = self.backbone.encode_text([prompt], size=size) if kept is None else kept.read([prompt], size)
+            self._conditions[key] = told
         return self._conditions[key]
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Condition, residuals: Residuals | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from controlroom.core.errors import InputError
 from controlroom.core.images import fit, placement
@@ -48,16 +48,19 @@ class Crop:
         original: (width, height) before.
         bucket: size after.
         left, top: pixels that are cut off there, after scaling.
+        mirrored: whether left and right change places at the end.
     """
 
     original: tuple[int, int]
     bucket: Bucket
     left: int
     top: int
+    mirrored: bool = False
 
     def apply(self, image: Image.Image) -> Image.Image:
         """The picture in its bucket's size, RGB."""
-        return fit(image, self.bucket.width, self.bucket.height, "crop")
+        found = fit(image, self.bucket.width, self.bucket.height, "crop")
+        return ImageOps.mirror(found) if self.mirrored else found
 
     def apply_mask(self, mask: Image.Image) -> Image.Image:
         """Its mask, in mode L."""
@@ -72,7 +75,8 @@ class Crop:
     @property
     def key(self) -> str:
         """Everything that decides which pixels come out, for a cache."""
-        return f"cover {self.bucket.width}x{self.bucket.height} middle lanczos"
+        side = " mirrored" if self.mirrored else ""
+        return f"cover {self.bucket.width}x{self.bucket.height} middle lanczos{side}"
 
 
 class Buckets:

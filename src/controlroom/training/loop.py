@@ -85,8 +85,8 @@ def train(recipe: Recipe[Any], settings: TrainSettings, *, resume: bool = True) 
             checkpoints and `resume` is false.
         DivergedError: a loss or gradient was not finite; nothing was stepped or saved with it.
         InputError: the device is unknown or not on this machine, a library of the settings is not installed, or the
-            batch cannot be split among the processes, or `validate_every` is set for a recipe that cannot measure itself
-            or was given nothing to measure on.
+            batch cannot be split among the processes, or `validate_every` is set for a recipe that cannot measure
+            itself or was given nothing to measure on.
         ModelError: nothing to train, a master weight that is not float32, a frozen module that moved, or processes
             whose frozen modules differ.
         OutputError: a checkpoint or export could not be written, or another process trains in the folder.

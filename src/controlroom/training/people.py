@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from controlroom.training.recipe_settings import ValidatedSettings
+from controlroom.training.recipe_settings import EncodedSettings
 
 
-class PeopleSettings(ValidatedSettings):
+class PeopleSettings(EncodedSettings):
     """Pictures of several people or things, each in several pictures (`Picture.subject`)."""
 
     prompt: str | None = None

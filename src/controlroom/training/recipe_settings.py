@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,7 @@ from controlroom.training.objective import ObjectiveSettings
 if TYPE_CHECKING:
     from controlroom.data.pictures import Picture
     from controlroom.sampling.pipeline import Pipeline
+    from controlroom.training.base_model import BaseModel as TrainedModel
     from controlroom.training.recipe import Recipe
 
 
@@ -98,6 +99,22 @@ class ValidatedSettings(RecipeSettings):
             InputError: ``validation`` cannot be read.
         """
         return pictures, () if self.validation is None else self.read(self.validation)
+
+
+class EncodedSettings(ValidatedSettings):
+    """Settings of a recipe that shows pictures as latents of a model's autoencoder."""
+
+    aside: ClassVar[frozenset[str]] = ValidatedSettings.aside | {"cache"}
+
+    cache: str | None = None
+    """Folder where encoded pictures and prompts are kept, which several runs may share; None: nowhere. On the command
+    line it is ``cache`` in the run's folder if nothing is said, and nowhere for an empty name."""
+
+    def networks(self, pipe: Pipeline, trains: Collection[str] = ()) -> TrainedModel:
+        """The model, keeping what it encodes where ``cache`` says; see `BaseModel`."""
+        from controlroom.training.base_model import BaseModel
+
+        return BaseModel(pipe, trains, Path(self.cache) if self.cache else None)
 
 
 def check_levels(channels: Sequence[int], norm_groups: int, size: tuple[int, int]) -> None:

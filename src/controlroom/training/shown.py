@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from PIL import ImageOps
 from torch import Tensor
 
 from controlroom.core.errors import InputError
 from controlroom.data.pictures import Picture, fingerprint
 from controlroom.training.base_model import BaseModel
-from controlroom.training.buckets import Bucket, BucketOrder, Buckets, Crop, crop_to
+from controlroom.training.buckets import Bucket, BucketOrder, Buckets, crop_to
 from controlroom.training.held_out import in_parts
+from controlroom.training.picture_cache import PictureCache
 from controlroom.training.randomness import seed_of
 
 
@@ -30,7 +29,7 @@ class ShownBatch:
     Attributes:
         latents: [B, C, h, w], scaled.
         prompts: B texts.
-        mask: [B, 1, H, W] in [0, 1], what counts; None: everything.
+        mask: [B, 1, h, w] in [0, 1], what counts; None: everything.
         names: of the pictures.
         size: height and width of the pictures in pixels.
     """
@@ -44,6 +43,8 @@ class ShownBatch:
 
 class Shown:
     """Pictures with their words, encoded once: of one size, or each of the nearest of several shapes.
+
+    Their latents are kept in memory, or where the model's cache is on disk, and are read from there for each batch.
 
     Args:
         base: the model; its autoencoder encodes.
@@ -81,20 +82,16 @@ class Shown:
             scale = base.backbone.pixels_per_latent
             shapes = Buckets((width, height), max(scale, min(64, min(self.size) // 8) // scale * scale))
             self.crops = tuple(shapes.crop(p) for p in pictures)
-        read = [crop.apply(p.read()) for p, crop in zip(pictures, self.crops, strict=True)]
-        self.latents = [base.latents([one], crop.bucket.size)[0] for one, crop in zip(read, self.crops, strict=True)]
-        self.masks: list[Tensor] | None = None
-        if any(p.read_mask is not None for p in pictures):
-            self.masks = [_mask(p, crop).to(base.device) for p, crop in zip(pictures, self.crops, strict=True)]
         if flip:
             # What is mirrored is the picture and not its latents: the autoencoder is not quite symmetric.
-            mirrored = [ImageOps.mirror(one) for one in read]
-            self.latents += [
-                base.latents([one], crop.bucket.size)[0] for one, crop in zip(mirrored, self.crops, strict=True)
-            ]
-            self.crops *= 2
-            if self.masks is not None:
-                self.masks += [mask.flip(-1) for mask in self.masks]
+            self.crops += tuple(replace(crop, mirrored=True) for crop in self.crops)
+        self.masked = any(p.read_mask is not None for p in pictures)
+        self._shown = [(self.pictures[row % len(pictures)], crop) for row, crop in enumerate(self.crops)]
+        self._encoder, self._kept = base.pictures, list[tuple[Tensor, Tensor]]()
+        if isinstance(self._encoder, PictureCache):
+            self._encoder.fill(self._shown)
+        else:
+            self._kept = [self._encoded([row]) for row in range(len(self._shown))]
         self._places = [i for i, p in enumerate(pictures) for _ in range(p.repeats)]
         if flip:
             self._places += [len(self.pictures) + i for i in self._places]
@@ -105,7 +102,7 @@ class Shown:
 
     def fingerprint(self) -> str:
         """Whatever a resumed run must share: pictures, words, size."""
-        sizes = sorted({crop.key for crop in self.crops})
+        sizes = sorted({crop.key for crop in self.crops[: len(self.pictures)]})
         text = f"{fingerprint(self.pictures)} {self.prompts} {sizes} flip={self.flip}"
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -122,14 +119,22 @@ class Shown:
 
     def _rows(self, rows: Sequence[int]) -> ShownBatch:
         plain = [row % len(self.pictures) for row in rows]
-        mask = None if self.masks is None else torch.stack([self.masks[row] for row in rows])
+        if self._kept:
+            latents, mask = (torch.cat(each) for each in zip(*(self._kept[row] for row in rows), strict=True))
+        else:
+            latents, mask = self._encoded(rows)
         return ShownBatch(
-            torch.stack([self.latents[row] for row in rows]),
+            latents,
             tuple(self.prompts[row] for row in plain),
-            mask,
+            mask if self.masked else None,
             tuple(self.pictures[row].name for row in plain),
             self.crops[rows[0]].bucket.size,
         )
+
+    def _encoded(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Latents and masks, of one size."""
+        found = self._encoder.read([self._shown[row] for row in rows])
+        return found.latents(), found.mask
 
     def order(self, batch_size: int, seed: int, first_slot: int) -> BucketOrder:
         """Batches of one size, every picture as often an epoch as it repeats."""
@@ -149,13 +154,3 @@ def _words(picture: Picture, prompt: str | None, captions: bool) -> str:
             "give a prompt for all pictures."
         )
     return found
-
-
-def _mask(picture: Picture, crop: Crop) -> Tensor:
-    """[1, H, W], cropped as the picture is; all ones where there is none."""
-    if picture.read_mask is None:
-        return torch.ones(1, crop.bucket.height, crop.bucket.width)
-    mask = torch.from_numpy(np.asarray(crop.apply_mask(picture.read_mask()), np.float32) / 255)[None]
-    if not bool(mask.any()):
-        raise InputError(f"The mask of {picture.name} is black within the crop; nothing of it would count.")
-    return mask

@@ -17,17 +17,17 @@ from controlroom.training.base_model import BaseModel
 from controlroom.training.held_out import mean_over, spread_over
 from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
-from controlroom.training.recipe_settings import ValidatedSettings
+from controlroom.training.recipe_settings import EncodedSettings
 from controlroom.training.shown import Shown, ShownBatch
 
 Batch = tuple[ShownBatch, ShownBatch | None]
 """Pictures of the subject, and those of its class that are shown beside them."""
 
 
-class ShownSettings(ValidatedSettings):
+class ShownSettings(EncodedSettings):
     """What the settings of these recipes share."""
 
-    aside: ClassVar[frozenset[str]] = ValidatedSettings.aside | {"previews", "preview_steps"}
+    aside: ClassVar[frozenset[str]] = EncodedSettings.aside | {"previews", "preview_steps"}
 
     flip: bool = False
     """Also show each picture mirrored."""

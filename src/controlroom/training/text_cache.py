@@ -7,6 +7,7 @@ Only for encoders that do not train: a word or a LoRA that is being learned chan
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -34,9 +35,13 @@ class TextCache:
         self, folder: Path, backbone: Backbone, dtype: torch.dtype | None = None, clip_skip: int | None = None
     ) -> None:
         self.store, self.backbone, self.dtype, self.clip_skip = EntryStore(folder), backbone, dtype, clip_skip
-        encoders = {name: getattr(backbone, name) for name in ("text_encoder", "text_encoder_2")}
-        self.encoder_hash = modules_hash({name: part for name, part in encoders.items() if part is not None})
         self._ids: dict[str, tuple[str, list[Tensor]]] = {}
+
+    @cached_property
+    def encoder_hash(self) -> str:
+        """Of the weights that speak."""
+        encoders = {name: getattr(self.backbone, name) for name in ("text_encoder", "text_encoder_2")}
+        return modules_hash({name: part for name, part in encoders.items() if part is not None})
 
     def fill(self, prompts: Sequence[str]) -> int:
         """Encode what is missing or broken; returns how many that were.

@@ -23,17 +23,16 @@ from controlroom.controls.personal.blip_diffusion import CACHE, KEY
 from controlroom.core.errors import InputError
 from controlroom.data.pictures import Picture
 from controlroom.sampling.pipeline import Pipeline
-from controlroom.training.base_model import BaseModel
 from controlroom.training.checkpoint import storable
 from controlroom.training.held_out import mean_over, spread_over
 from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import ValidatedSettings
+from controlroom.training.recipe_settings import EncodedSettings
 from controlroom.training.shown import Shown, ShownBatch
 
 
-class BLIPDiffusionSettings(ValidatedSettings):
+class BLIPDiffusionSettings(EncodedSettings):
     """How a network is fitted to a subject."""
 
     loop: ClassVar[dict[str, Any]] = {"total_steps": 80, "batch_size": 3, "learning_rate": 5e-6}
@@ -80,7 +79,7 @@ class BLIPDiffusionRecipe:
         if not settings.subject.strip():
             raise InputError('BLIP-Diffusion needs the word for what is wanted of the pictures: subject = "dog".')
         self.settings = settings
-        self.base = BaseModel(pipe, trains=(UNET,))
+        self.base = settings.networks(pipe, (UNET,))
         self.base.unet.requires_grad_(True)
         self.objective = Objective(self.base.backbone.scheduler, settings.objective)
         prompt = f"a {settings.subject}"

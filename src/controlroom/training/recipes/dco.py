@@ -71,7 +71,7 @@ class DCOSettings(ShownSettings):
     file_format: Literal["diffusers", "kohya"] = "diffusers"
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> DCORecipe:
-        base = BaseModel(pipe)
+        base = self.networks(pipe)
         shown, held_out = self.shown(base, pictures, self.prompt)
         return DCORecipe(base, shown, self, held_out)
 

@@ -45,7 +45,7 @@ class DreamBoothSettings(ShownSettings):
         parts = [UNET]
         if self.text_encoders:
             parts += [name for name in (TEXT, TEXT_2) if getattr(pipe.backbone, name) is not None]
-        base = BaseModel(pipe, trains=parts)
+        base = self.networks(pipe, parts)
         shown, beside, held_out = subject_and_class(pipe, base, pictures, self, folder)
         return DreamBooth(base, shown, self, beside, held_out)
 

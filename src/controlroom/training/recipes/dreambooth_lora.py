@@ -46,7 +46,7 @@ class DreamBoothLoRASettings(LoRASettings):
         return value
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path | None) -> DreamBoothLoRA:
-        base = BaseModel(pipe)
+        base = self.networks(pipe)
         shown, beside, held_out = subject_and_class(pipe, base, pictures, self, folder)
         return DreamBoothLoRA(base, shown, self, beside, self.class_weight, held_out)
 

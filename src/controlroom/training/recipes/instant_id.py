@@ -69,7 +69,7 @@ class InstantIDSettings(PeopleSettings):
     """Of first weights, and of which picture of a person is shown."""
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> InstantIDRecipe:
-        base = BaseModel(pipe)
+        base = self.networks(pipe)
         learned, held_out = self.sides(pictures)
         shown = Shown(base, learned, self.prompt, size=self.hw)
         if self.faces is not None:

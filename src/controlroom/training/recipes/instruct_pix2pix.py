@@ -31,11 +31,11 @@ from controlroom.training.instructed import left_out, widen
 from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
-from controlroom.training.recipe_settings import ValidatedSettings
+from controlroom.training.recipe_settings import EncodedSettings
 from controlroom.training.shown import Shown, ShownBatch
 
 
-class InstructPix2PixSettings(ValidatedSettings):
+class InstructPix2PixSettings(EncodedSettings):
     """How a model learns to follow instructions. The authors show 1024 pictures of 256 pixels a step, 10 000 times."""
 
     loop: ClassVar[dict[str, Any]] = {
@@ -69,7 +69,7 @@ class InstructPix2PixSettings(ValidatedSettings):
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> InstructPix2PixRecipe:
         learned, held_out = (_pairs(side) for side in self.sides(pictures))
-        return InstructPix2PixRecipe(BaseModel(pipe, trains=(UNET,)), learned, self, held_out)
+        return InstructPix2PixRecipe(self.networks(pipe, (UNET,)), learned, self, held_out)
 
 
 def _pairs(pictures: Sequence[Picture]) -> list[EditedPicture]:

@@ -27,6 +27,7 @@ from controlroom.backbones.ip_adapter import IPAdapterModel
 from controlroom.data.pictures import Picture
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
+from controlroom.training.faces import StoredFaces
 from controlroom.training.image_prompts import ImagePromptRecipe, ImagePromptSettings
 from controlroom.training.shown import Shown
 
@@ -47,7 +48,7 @@ class IPAdapterSettings(ImagePromptSettings):
     """Whether a picture is learned from another one of its subject, or from itself."""
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> IPAdapterRecipe:
-        base = BaseModel(pipe)
+        base = self.networks(pipe)
         learned, held_out = self.sides(pictures)
         shown = Shown(base, learned, self.prompt, size=self.hw)
         return IPAdapterRecipe(base, shown, self, self.encoder_for(pipe), held_out)
@@ -60,7 +61,7 @@ class IPAdapterRecipe(ImagePromptRecipe):
         base: the model, all of it frozen.
         shown: the pictures, with their subjects.
         settings: see `IPAdapterSettings`.
-        encoder: `CLIPVisionModelWithProjection`; for ``face`` also anything with ``embed(picture)``.
+        encoder: `CLIPVisionModelWithProjection`; for ``face`` also `StoredFaces`, or anything with ``embed(picture)``.
         held_out: pictures of other subjects, for the error on the way.
 
     Exported are ``ip_adapter.safetensors`` with the published keys, and the image encoder beside it.
@@ -102,4 +103,6 @@ def _reads(encoder: Any, states: bool, first: Picture) -> int:
     config = getattr(encoder, "config", None)
     if config is not None:
         return int(config.hidden_size if states else config.projection_dim)
+    if isinstance(encoder, StoredFaces):
+        return encoder.vectors([first]).shape[1]
     return len(torch.as_tensor(encoder.embed(first.read())).reshape(-1))

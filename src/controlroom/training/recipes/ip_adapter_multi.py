@@ -42,12 +42,12 @@ class IPAdapterMultiSettings(ImagePromptSettings):
     """Of changes to the network's attention that learn too; None: only what the adapter has."""
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> IPAdapterMultiRecipe:
-        base = BaseModel(pipe)
+        base = self.networks(pipe)
         learned, held_out = self.sides(pictures)
         file = adapter_file(find_model(self.start, "IP-Adapter"))
         start = load_ip_adapter(file, base.unet)
         beside = file.parent / ENCODER
-        if self.image_encoder is None and beside.is_dir():
+        if self.image_encoder is None and self.faces is None and beside.is_dir():
             encoder = load_image_encoder(beside, pipe.backbone)
         else:
             encoder = self.encoder_for(pipe)

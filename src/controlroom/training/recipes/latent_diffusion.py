@@ -56,7 +56,7 @@ class LatentDiffusionSettings(ShownSettings):
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> LatentDiffusionRecipe:
         fresh = type(pipe)(replace(pipe.backbone, unet=self.network(pipe.backbone.unet), kept={}), None, pipe.model)
-        base = BaseModel(fresh, trains=[UNET])
+        base = self.networks(fresh, [UNET])
         shown, held_out = self.shown(base, pictures, self.prompt, buckets=self.buckets)
         return LatentDiffusionRecipe(base, shown, self, held_out)
 

@@ -54,7 +54,7 @@ class LoRASettings(ShownSettings):
     file_format: Literal["diffusers", "kohya"] = "diffusers"
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> LoRARecipe:
-        base = BaseModel(pipe)
+        base = self.networks(pipe)
         shown, held_out = self.shown(base, pictures, self.prompt, buckets=self.buckets)
         return LoRARecipe(base, shown, self, held_out=held_out)
 

@@ -68,7 +68,7 @@ class PhotoMakerSettings(PeopleSettings):
     """Of first weights, and of which pictures are shown together."""
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> PhotoMakerRecipe:
-        base = BaseModel(pipe)
+        base = self.networks(pipe)
         if self.image_encoder is not None:
             encoder = load_image_encoder(find_model(self.image_encoder, "image encoder"), pipe.backbone)
         elif pipe.model == THEATRE:

@@ -71,7 +71,7 @@ class TextualInversionSettings(ShownSettings):
         return TEMPLATES[self.templates] if isinstance(self.templates, str) else self.templates
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> TextualInversionRecipe:
-        base = BaseModel(pipe)
+        base = self.networks(pipe)
         shown, held_out = self.shown(base, pictures, _ANY, self.captions)
         return TextualInversionRecipe(base, shown, self, held_out)
 
