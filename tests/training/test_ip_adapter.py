@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import controlroom as cr
 from controlroom.backbones.image_aggregator import AggregatorSettings, chosen_pictures
@@ -209,6 +210,54 @@ def test_held_out_people_are_measured(encoder: Any) -> None:
     found = recipe.validate(0)
     assert found == recipe.validate(1) and set(found) == {"held_out", "without_picture"}
     assert found["held_out"] != found["without_picture"]
+
+
+# Faces that a recogniser has read before.
+
+
+@pytest.fixture
+def read_before(tmp_path: Path) -> str:
+    """A folder of what `Faces` says of the people."""
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for picture in people():
+        vector = torch.from_numpy(np.asarray(Faces().embed(picture.read()), np.float32))
+        points = torch.tensor([[8.0, 12.0], [24.0, 12.0], [16.0, 18.0], [10.0, 25.0], [22.0, 25.0]])
+        save_file({"points": points, "vector": vector}, folder / f"{Path(picture.name).stem}.safetensors")
+    return str(folder)
+
+
+def test_vectors_in_a_folder_teach_as_their_encoder(read_before: str, tmp_path: Path) -> None:
+    pipe = cr.Pipeline.from_diffusers(tiny_sd1())
+    settings = VARIANTS["face"].model_copy(update={"faces": read_before})
+    stored, encoded = settings.build(pipe, people(), tmp_path), maker("face", None)()
+    found, expected = (recipe.batch([0, 4], 3).features for recipe in (stored, encoded))
+    assert torch.equal(found, expected) and found.shape == (2, 1, 10)
+    file = tmp_path / FILE
+    save_ip_adapter(encoded.adapter, file)
+    (tmp_path / ENCODER).mkdir()  # which is not looked at
+    more = IPAdapterMultiSettings(start=str(file), faces=read_before, aggregator=AggregatorSettings(pictures=2))
+    several = more.build(pipe, people(), tmp_path)
+    assert several.batch([0, 4], 3).features.shape == (2, 2, 10)
+    assert check_moves_only_what_trains(lambda: more.build(pipe, people(), tmp_path), tmp_path / "run", total_steps=2)
+
+
+def test_other_vectors_are_another_training(read_before: str, tmp_path: Path) -> None:
+    pipe = cr.Pipeline.from_diffusers(tiny_sd1())
+    settings = VARIANTS["face"].model_copy(update={"faces": read_before})
+    before = settings.build(pipe, people(), tmp_path).fingerprint()
+    assert settings.build(pipe, people(), tmp_path).fingerprint() == before
+    file = Path(read_before) / f"{Path(people()[0].name).stem}.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "vector": tensors["vector"] + 1}, file)
+    assert settings.build(pipe, people(), tmp_path).fingerprint() != before
+    with pytest.raises(ModelError, match="one vector"):
+        VARIANTS["plus"].model_copy(update={"faces": read_before}).build(pipe, people(), tmp_path)
+    file.unlink()
+    with pytest.raises(InputError, match="does not hold points"):
+        settings.build(pipe, people(), tmp_path)
+    with pytest.raises(InputError, match="give one of them"):
+        IPAdapterSettings(faces="x", image_encoder="y")
 
 
 # Several pictures.

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
-from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from controlroom.backbones.image_aggregator import chosen_pictures
@@ -30,6 +29,7 @@ from controlroom.core.errors import InputError, ModelError
 from controlroom.data.pictures import Picture, by_subject
 from controlroom.training.base_model import BaseModel
 from controlroom.training.clip_vision import image_encoder_of
+from controlroom.training.faces import StoredFaces
 from controlroom.training.held_out import in_parts, mean_over, spread_over
 from controlroom.training.objective import Objective
 from controlroom.training.people import PeopleSettings
@@ -56,12 +56,16 @@ class ImagePromptSettings(PeopleSettings):
         "weight_decay": 0.01,
     }
 
+    aside: ClassVar[frozenset[str]] = PeopleSettings.aside | {"faces"}
+
     image_encoder: str | None = None
     """Folder of CLIP's image encoder, which reads the pictures (of a face: only the face); None: the theatre's."""
     dropout: tuple[float, float, float, float] = DROPOUT
     """Shares of samples with both, without the picture, without words, without either."""
     seed: int = Field(default=0, ge=0)
     """Of first weights, and of which pictures are shown together."""
+    faces: str | None = None
+    """Folder with the vector of each picture's face by a recogniser (`training.faces`), instead of an image encoder."""
     with_encoder: bool = True
     """Whether the image encoder is written beside the adapter, where the control looks for it."""
 
@@ -72,12 +76,20 @@ class ImagePromptSettings(PeopleSettings):
             raise ValueError(f"shares are not negative, and one of them is more than 0; got {value}")
         return value
 
+    @model_validator(mode="after")
+    def _one_encoder(self) -> Self:
+        if self.faces is not None and self.image_encoder is not None:
+            raise ValueError("pictures are read by an image encoder or known by their faces' vectors; give one of them")
+        return self
+
     def encoder_for(self, pipe: Pipeline) -> Any:
-        """The image encoder that was named.
+        """The image encoder that was named, or the vectors of faces.
 
         Raises:
             ModelError: there is none.
         """
+        if self.faces is not None:
+            return StoredFaces(Path(self.faces))
         if self.image_encoder is not None:
             return load_image_encoder(find_model(self.image_encoder, "image encoder"), pipe.backbone)
         if pipe.model != THEATRE:
@@ -100,7 +112,7 @@ class ImagePromptRecipe:
         base: the model, all of it frozen.
         shown: the pictures.
         settings: see `ImagePromptSettings`.
-        encoder: `CLIPVisionModelWithProjection`; for a face's identity also a `FaceEncoder`.
+        encoder: `CLIPVisionModelWithProjection`; for a face's identity also a `FaceEncoder`, or `StoredFaces`.
         adapter: what learns.
         count: number of pictures of a prompt.
         itself: whether a picture is its own prompt, as IP-Adapter was published.
@@ -133,9 +145,8 @@ class ImagePromptRecipe:
         self._numbers = {picture.name: number for number, picture in enumerate(shown.pictures)}
         projection: ImageProjection = adapter.image_proj
         self.states = projection.states
-        read = [picture.read() for picture in shown.pictures[:1]] if self.states else None
         # States are large: they are made for each batch. Vectors are kept.
-        self._features = self._encoded(read if read is not None else [p.read() for p in shown.pictures])
+        self._features = self._encoded(shown.pictures[:1] if self.states else shown.pictures)
         if self._features.shape[-1] != projection.reads:
             raise ModelError(
                 f"The encoder's features are {self._features.shape[-1]} wide, the adapter reads {projection.reads}. "
@@ -154,6 +165,8 @@ class ImagePromptRecipe:
     def fingerprint(self) -> str:
         subjects = [picture.subject for picture in self.shown.pictures]
         what = type(self.encoder).__name__
+        if isinstance(self.encoder, StoredFaces):
+            what += f" {float(self._features.double().sum()):.6f}"
         return f"{self.shown.fingerprint()} {subjects} {what} {self.count} {self.settings.fingerprint()}"
 
     def names(self, indices: Sequence[int]) -> tuple[str, ...]:
@@ -177,19 +190,22 @@ class ImagePromptRecipe:
             return [others[i] for i in torch.randperm(len(others), generator=generator)[: self.count].tolist()]
         return [others[i] for i in chosen_pictures(len(others), self.count, seed)]
 
-    def _encoded(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _encoded(self, pictures: Sequence[Picture]) -> Tensor:
         """[n, width], or states [n, length, width]; float32, on the CPU."""
         embed = getattr(self.encoder, "embed", None)
+        stored = isinstance(self.encoder, StoredFaces)
+        if self.states and (stored or embed is not None):
+            raise ModelError("A face encoder gives one vector; this adapter reads the states of an image encoder.")
+        if stored:
+            return self.encoder.vectors(pictures)
         if embed is not None:
-            if self.states:
-                raise ModelError("A face encoder gives one vector; this adapter reads the states of an image encoder.")
-            rows = [np.asarray(embed(picture), np.float32).reshape(-1) for picture in pictures]
+            rows = [np.asarray(embed(picture.read()), np.float32).reshape(-1) for picture in pictures]
             return torch.from_numpy(np.stack(rows))
         check_image_encoder(self.encoder)
         side, found = int(self.encoder.config.image_size), []
         with torch.no_grad():
             for i in range(0, len(pictures), 32):
-                pixels = clip_pixels(pictures[i : i + 32], side)
+                pixels = clip_pixels([picture.read() for picture in pictures[i : i + 32]], side)
                 found.append(image_features(self.encoder, pixels, self.states).float().cpu())
         return torch.cat(found)
 
@@ -210,7 +226,7 @@ class ImagePromptRecipe:
     def _seen(self, pictures: Sequence[Picture], sets: Sequence[Sequence[int]]) -> Tensor:
         """[rows, pictures, …] of pictures that are encoded for it."""
         numbers = sorted({number for one in sets for number in one})
-        made = self._encoded([pictures[number].read() for number in numbers])
+        made = self._encoded([pictures[number] for number in numbers])
         places = {number: place for place, number in enumerate(numbers)}
         return made[torch.tensor([[places[number] for number in one] for one in sets])]
 
@@ -303,5 +319,8 @@ def others_of(pictures: Sequence[Picture]) -> dict[int, list[int]]:
         )
     for subject, its in by_subject(pictures).items():
         if len(its) < 2:
-            raise InputError(f"There is one picture of {subject!r}; the others of a subject are its prompt. Give more.")
+            raise InputError(
+                f"There is one picture of {subject!r}; the others of a subject are its prompt. Give more, or leave out "
+                "who has fewer: least_pictures=2."
+            )
     return {number: [other for other in own if other != number] for own in numbers.values() for number in own}
