@@ -14,6 +14,7 @@ from controlroom.evaluation import effects, tradeoff
 from controlroom.evaluation.effect_rules import Gain, Joint, Level, NotWorse, Rising, against
 from controlroom.evaluation.effects import MEASURED, MISSING, SECTIONS
 from controlroom.evaluation.suites.controlnet import SIZE
+from controlroom.evaluation.suites.drawing import weights_hash
 from controlroom.evaluation.suites.editing import MADE, PSNR
 from controlroom.evaluation.suites.report import Cell, Report, Row
 from controlroom.evaluation.suites.table import SUITES
@@ -37,7 +38,7 @@ def report(suite: str, rows: list[Row], **more: Any) -> Report:
         "title": f"Title of {suite}",
         "note": "",
         "fingerprint": "0" * 16,
-        "about": {"settings": {"steps": 20}, "model": "m"},
+        "about": {"settings": {"steps": 20, "model": "theatre"}, "model": weights_hash("theatre")},
         "n": 200,
         "asked": 200,
         "arms": arms,
@@ -61,6 +62,19 @@ def written(found: Report, docs_folder: Path) -> None:
 def line(text: str, control: str, asked: str) -> list[str]:
     (found,) = [each for each in text.splitlines() if each.startswith(f"| {control} | {asked}")]
     return [part.strip() for part in found.strip("|").split("|")]
+
+
+def test_numbers_of_weights_before_are_marked(tmp_path: Path) -> None:
+    target = next(target for target in TARGETS if isinstance(target.rule, Level))
+    rows = [row(target.rule.measure, **{target.rule.arm: cell(0.5, 0.1)})]
+    now = report(target.suite, rows)
+    changed = now.model_copy(update={"about": {**now.about, "model": "0" * 16}})
+    gone = now.model_copy(update={"weights": ["theatre/no_such_network"]})
+    for found, marked in ((now, False), (changed, True), (gone, True)):
+        written(found, tmp_path)
+        text = effects.effects_page(tmp_path)
+        assert (f"200 {effects.BEFORE}" in text) == marked
+        assert ("measured with weights before" in text) == marked
 
 
 def test_without_reports_nothing_is_measured(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ REPORTS = Path("measured/effects")
 CURVE = Path("measured/instruct_pix2pix.png")
 """Within the folder of the docs; `controlroom.evaluation.tradeoff` draws it."""
 MISSING = "not measured yet"
+BEFORE = "†"
+"""Beside the number of cases, where other weights were measured than those that are installed."""
 
 HEADER = """\
 <!-- Generated from docs/measured/effects/*.json by `python -m controlroom.evaluation.effects`. -->
@@ -60,11 +62,14 @@ def effects_page(folder: Path) -> str:
     """
     rows = [target for targets in SECTIONS.values() for target in targets]
     reports = {suite: _report(folder, suite) for suite in dict.fromkeys(target.suite for target in rows)}
+    before = {suite for suite, report in reports.items() if report is not None and not is_of_these_weights(report)}
     lines: list[str] = []
     for title, targets in SECTIONS.items():
         lines += ["", f"## {title}", ""] if lines else [f"## {title}", ""]
         lines += ["| control | asked for | measured | beside it | n | reached |", "|---|---|---|---|--:|---|"]
-        lines += [_line(target, reports[target.suite]) for target in targets]
+        lines += [_line(target, reports[target.suite], target.suite in before) for target in targets]
+    if before:
+        lines += ["", f"{BEFORE} measured with weights before those that are installed now."]
     if (folder / CURVE).is_file():
         lines += ["", f"![InstructPix2Pix: consistency against edit, image and text guidance swept]({CURVE})"]
     found = [report for report in reports.values() if report is not None]
@@ -84,12 +89,24 @@ def _report(folder: Path, suite: str) -> Report | None:
     return found
 
 
-def _line(target: Target, report: Report | None) -> str:
+def is_of_these_weights(report: Report) -> bool:
+    """Whether the models that were measured are those that are installed."""
+    from controlroom.evaluation.suites.drawing import weights_hash
+
+    try:
+        found = weights_hash(report.about["settings"]["model"], report.weights)
+    except (KeyError, ModelError):
+        return False
+    return found == report.about.get("model")
+
+
+def _line(target: Target, report: Report | None, before: bool) -> str:
     verdict = None if report is None else target.rule(report)
     if report is None or verdict is None:
         cells = [MISSING, "", "", ""]
     else:
         count = str(verdict.n) if report.n == report.asked else f"{verdict.n} (stopped)"
+        count += f" {BEFORE}" if before else ""
         cells = [verdict.arm, verdict.base, count, verdict.reached]
     return "| " + " | ".join(text.replace("|", "\\|") for text in (target.control, target.asked, *cells)) + " |"
 

@@ -77,6 +77,7 @@ class Report(BaseModel):
         derived: numbers of all cases together.
         picked: the worst, the median and the best case.
         seconds: that all cases took.
+        weights: further models that the runs name, beside the base model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,6 +98,7 @@ class Report(BaseModel):
     derived: list[Row]
     picked: list[Picked]
     seconds: float
+    weights: list[str] = []
 
     def row(self, measure: str) -> Row | None:
         """The row of a measure."""
@@ -131,6 +133,7 @@ def summarise(suite: Suite[Any], records: Sequence[Record], about: Mapping[str, 
         derived=[_row(Measure(one.name, one.kind, None), {"": Cell.of(one.compute(values))}) for one in table.derived],
         picked=picked(suite, records),
         seconds=round(sum(record.seconds for record in records), 1),
+        weights=list(suite.weights),
     )
 
 
