@@ -122,6 +122,24 @@ def test_without_a_seed_pictures_differ(here: Path, model: str) -> None:
     assert Image.open("one.png").tobytes() != Image.open("two.png").tobytes()
 
 
+def test_masks_by_words_are_written_beside(here: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (32, 32), (90, 20, 200)).save("old.png")
+    lines = [f"model: {model}", "prompt: a red cat", "num_inference_steps: 2", "seed: 3", "controls:"]
+    lines += ["- {type: image_to_image, image: old.png, mask: 'words: cat'}"]
+    Path("run.yaml").write_text("\n".join(lines))
+    assert main(["generate", "-c", "run.yaml", "-n", "2", "-o", "cat.png", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["mask_files"] == ["cat_0.mask.png", "cat_1.mask.png"]
+    assert data["files"] == ["cat_0.png", "cat_1.png", *data["mask_files"]]
+    assert all(Image.open(name).size == (32, 32) and Image.open(name).mode == "L" for name in data["mask_files"])
+    # A file that the run reads is not written over.
+    Path("old.png").rename("cat.mask.png")
+    before = Path("cat.mask.png").read_bytes()
+    Path("run.yaml").write_text("\n".join(lines).replace("old.png", "cat.mask.png"))
+    assert main(["generate", "-c", "run.yaml", "-o", "cat.png"]) == 0
+    assert capsys.readouterr().out.split() == ["cat.png"] and Path("cat.mask.png").read_bytes() == before
+
+
 def test_options_count_more_than_the_file(here: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.yaml").write_text(f"model: {model}\nprompt: a dog\nnum_inference_steps: 3\nseed: 1\n")
     assert main(["generate", "--config", "run.yaml", "--seed", "9", "-o", "dog.png", "--json"]) == 0
@@ -179,6 +197,12 @@ def test_a_prompt_of_10000_characters_is_cut_and_said_so(
     words = "a red cat " * 1000
     assert main(["generate", words, "--model", model, "--steps", "1", "--seed", "1", "-o", "long.png"]) == 0
     assert "3002 tokens; the model reads the first 16" in capsys.readouterr().err
+    # Weighted prompts are read to their end, in chunks.
+    words = "a (red:1.2) cat on the beach with a dog and a frog on the beach at night, a hat"
+    Path("run.yaml").write_text(f"prompt: '{words}'\ncontrols: [{{type: prompt_weighting}}]\n")
+    weighted = ["generate", "-c", "run.yaml", "--model", model, "--steps", "1", "--seed", "1", "-o", "chunks.png"]
+    assert main(weighted) == 0
+    assert "reads the first" not in capsys.readouterr().err
     assert main(["replay", "long.png", "--verify"]) == 0
 
 

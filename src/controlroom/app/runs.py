@@ -173,20 +173,43 @@ def draw(pipeline: Pipeline, spec: RunSpec) -> tuple[RunResult, float]:
 
 
 def cut_prompts(pipeline: Pipeline, spec: RunSpec) -> list[str]:
-    """A line for each prompt of which the model reads only the beginning."""
+    """A line for each prompt of which the model reads only the beginning; weighted ones are read chunk by chunk."""
     from controlroom.backbones.base import MAX_PROMPT_CHARACTERS
+    from controlroom.controls.placed_words import WeightedPrompt
+    from controlroom.sampling.execute import read_texts
 
     found = []
     tokenizer = pipeline.backbone.tokenizer or pipeline.backbone.tokenizer_2
-    for text in spec.prompt if isinstance(spec.prompt, list) else [spec.prompt]:
-        if len(text) > MAX_PROMPT_CHARACTERS:
-            continue  # refused by the run itself
+    for text in dict.fromkeys(read_texts(spec)[0]):
+        if isinstance(text, WeightedPrompt) or len(text) > MAX_PROMPT_CHARACTERS:
+            continue  # too many characters are refused by the run itself
         count = len(tokenizer(text, truncation=False).input_ids)
         if count > tokenizer.model_max_length:
             found.append(
                 f"the prompt has {count} tokens; the model reads the first {tokenizer.model_max_length}: {text[:40]!r}…"
             )
     return found
+
+
+def save_masks(result: RunResult, files: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Write the masks that were found by words beside the pictures, ``NAME.mask.png``; several are numbered from 1.
+
+    None is written beside a device, or over a file that the run reads.
+    """
+    from controlroom.app.output import same_file
+    from controlroom.core.png import save_png
+
+    read = [entry["path"] for entry in result.manifest["inputs"].values()]
+    written = []
+    for index, file in enumerate(files):
+        for number, name in enumerate(result.masks, 1):
+            count = f"_{number}" if len(result.masks) > 1 else ""
+            beside = file.with_name(f"{file.stem}.mask{count}.png")
+            if not file.is_file() or any(same_file(beside, path) for path in read):
+                continue
+            save_png(result.mask_picture(name, index), beside)
+            written.append(beside)
+    return tuple(written)
 
 
 def summary(result: RunResult, files: tuple[Path, ...], seconds: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,7 +104,7 @@ def failure(name: str, error: Exception) -> ModelError:
     """The one error for what a library raised on a model."""
     reason = " ".join(str(error).split())
     folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+    if os.path.isdir(name) and not any(folder.glob("*.safetensors")):
         for file in sorted(folder.iterdir()):
             if file.suffix.lower() in PICKLES:
                 return pickle_refused(str(file), "model")

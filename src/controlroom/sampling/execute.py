@@ -54,7 +54,7 @@ def plan_run(backbone: Backbone, spec: RunSpec) -> Prepared:
         InputError: sizes, prompts or controls that do not fit; see `make_plan` for the rest.
     """
     size = _size(backbone, spec)
-    prompts, negatives = _read(spec)
+    prompts, negatives = read_texts(spec)
     hw = (size[0] // backbone.pixels_per_latent, size[1] // backbone.pixels_per_latent)
     scheduler = make_scheduler(backbone.scheduler, spec.scheduler)
 
@@ -289,7 +289,7 @@ def _texts(spec: RunSpec) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
     return tuple(p for p in prompts for _ in each), tuple(p for p in negatives for _ in each)
 
 
-def _read(spec: RunSpec) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
+def read_texts(spec: RunSpec) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
     """Prompt and negative prompt of each image as words, after every control that reads a notation."""
     prompts, negatives = _texts(spec)
     embeds = {"prompt": spec.prompt_embeds, "negative_prompt": spec.negative_prompt_embeds}

@@ -65,10 +65,12 @@ def generate(
     result, seconds = runs.draw(runs.open_pipeline(spec.model), spec)
     for index, file in enumerate(files):
         result.save(file, index)
+    masks = runs.save_masks(result, files)
     if json:
-        typer.echo(json_module.dumps(runs.summary(result, files, seconds), ensure_ascii=False))
+        data = runs.summary(result, (*files, *masks), seconds) | {"mask_files": [str(file) for file in masks]}
+        typer.echo(json_module.dumps(data, ensure_ascii=False))
     else:
-        typer.echo("\n".join(str(file) for file in files))
+        typer.echo("\n".join(str(file) for file in (*files, *masks)))
 
 
 def parse_size(text: str) -> tuple[int, int]:
