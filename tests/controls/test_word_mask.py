@@ -20,9 +20,13 @@ from controlroom.controls.editing.prompt_to_prompt import PromptToPrompt
 from controlroom.controls.guidance.prompt_weighting import PromptWeighting
 from controlroom.controls.personal.ip_adapter import IPAdapter
 from controlroom.controls.pose.appearance import AppearanceControl
+from controlroom.controls.region import Region
 from controlroom.controls.run_mask import RunMask, mask_sites, run_mask
 from controlroom.controls.spatial.controlnet import ControlNet
+from controlroom.controls.style.cross_image_attention import CrossImageAttention
+from controlroom.controls.style.ctrl_x import CtrlX
 from controlroom.controls.style.reference_only import ReferenceOnly
+from controlroom.controls.style.style_aligned import StyleAligned
 from controlroom.controls.word_mask import MaskInput, WordMask
 from controlroom.core.attention import AttentionCall
 from controlroom.core.control import Control, Declaration, Outline
@@ -198,6 +202,70 @@ def test_reference_only_looks_where_the_words_are(pipe: Pipeline) -> None:
         assert list(part.masks) == ["ReferenceOnly.mask"]
 
 
+CALM: dict[str, Any] = {"structure_schedule": 1.0, "appearance_schedule": 1.0, "recurrence": (0, 0, 0)}
+BESIDE: dict[str, Callable[..., Control]] = {
+    "structure": lambda **s: CtrlX(picture(), **CALM, **s),
+    "appearance": lambda **s: CtrlX(None, picture(), **CALM, **s),
+    "style_aligned": lambda **s: StyleAligned(prompt="a blue dog", **s),
+    "cross_image": lambda **s: CrossImageAttention(
+        picture(), picture(1), 1.0, attention_start=0.0, structure_every=0, adain_start=0.0, **s
+    ),
+    "adain alone": lambda **s: StyleAligned(prompt="a blue dog", share_group_norm=False, share_attention=False, **s),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_pictures_beside_act_where_the_words_are(name: str, pipe: Pipeline) -> None:
+    make = BESIDE[name]
+    plain = pipe(PROMPT, controls=[make()], **DRAW).images
+    white, part = (pipe(PROMPT, controls=[make(mask=WordMask("cat", threshold=t))], **DRAW) for t in (0.0, 0.95))
+    assert (white.images - plain).abs().max() < 1e-3 * plain.std()
+    ((label, mask),) = part.masks.items()
+    assert label.endswith(".mask") and 0 < float(mask.mean()) < 1
+    # As little as one that acts in the first step alone, and as all of it, it is not.
+    for other in (plain, pipe(PROMPT, controls=[make(end=0.3)], **DRAW).images):
+        assert (part.images - other).abs().max() > 1e-3 * plain.std()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda mask: Region("a dog", mask=mask),
+        lambda mask: AppearanceControl(picture(), reference_mask=mask),
+        lambda mask: CrossImageAttention(picture(), picture(1), appearance_mask=mask),
+    ],
+)
+def test_what_must_be_known_before_takes_no_words(make: Callable[[Any], Any]) -> None:
+    for mask in ("words: shirt", WordMask("shirt"), ["words: shirt"]):
+        with pytest.raises(InputError, match="'shirt' cannot be the mask here"):
+            make(mask)
+
+
+class TestProportions:
+    def test_a_mask_is_not_stretched(self, pipe: Pipeline, tmp_path: Any) -> None:
+        wide = tmp_path / "wide.png"
+        Image.new("L", (64, 32), 255).save(wide)
+        control = ReferenceOnly(picture(), mask=str(wide))
+        with pytest.raises(InputError, match=r"wide\.png' is 64 x 32 pixels and the picture 32 x 32"):
+            pipe(PROMPT, controls=[control], **DRAW)
+        assert torch.isfinite(pipe(PROMPT, controls=[control], **{**DRAW, "width": 64}).images).all()
+        nearly = ReferenceOnly(picture(), mask=np.ones((100, 104)))
+        assert torch.isfinite(pipe(PROMPT, controls=[nearly], **DRAW).images).all()
+
+    def test_but_with_the_picture_that_it_is_of(self, pipe: Pipeline, tmp_path: Any) -> None:
+        wide = np.zeros((32, 64))
+        wide[:, :32] = 1
+        controls = [ImageToImage(picture().resize(size), 0.7, mask=wide) for size in ((64, 32), (64, 64))]
+        assert torch.isfinite(pipe(PROMPT, controls=controls[:1], **DRAW).images).all()
+        with pytest.raises(InputError, match="proportions"):
+            pipe(PROMPT, controls=controls[1:], **DRAW)
+
+    def test_black_all_over_names_the_file(self, pipe: Pipeline, tmp_path: Any) -> None:
+        Image.new("L", (32, 32), 0).save(tmp_path / "black.png")
+        with pytest.raises(InputError, match=r"black\.png' is black all over"):
+            pipe(PROMPT, controls=[ReferenceOnly(picture(), mask=tmp_path / "black.png")], **DRAW)
+
+
 def test_words_for_each_picture_of_an_ip_adapter(pipe: Pipeline) -> None:
     adapter, encoder = tiny_ip_adapter(pipe.unet), tiny_image_encoder()
     pictures = [picture(0), picture(1)]
@@ -249,6 +317,9 @@ def test_masactrl_takes_words_for_both_masks(pipe: Pipeline) -> None:
     words = MasaCtrl(source, 1, 1, words=(["dog"], ["cat"]), threshold=0.6)
     masks = MasaCtrl(source, 1, 1, source_mask="words: dog", target_mask=WordMask("cat"), threshold=0.6)
     assert masks == words and MasaCtrl(**masks.model_dump(mode="json")) == words
+    shown = pipe(PROMPT, controls=[masks], **DRAW).masks["MasaCtrl.target_mask"]
+    assert shown.shape == (1, 1, 32, 32) and 0 < float(shown.mean()) < 1 and set(shown.unique().tolist()) == {0.0, 1.0}
+    assert not pipe(PROMPT, controls=[MasaCtrl(source, 1, 1)], **DRAW).masks
     for bad in (
         {"source_mask": "words: dog"},
         {"source_mask": "words: dog", "target_mask": "cat.png"},

@@ -146,6 +146,9 @@ class TestRun:
         path = str(tmp_path / "mask.png")
         settings: dict[str, Any] = {"source": SOURCE, "target": TARGET, "pipeline": pipe, "seed": 3}
         whole = edit(anna, options=EditOptions(**FEW), **settings)
+        # Where the picture is stretched, so is its mask.
+        stretched = edit(anna, options=EditOptions(mask=path, size=(64, 32), **FEW), **settings)
+        assert stretched.image.size == (64, 32) and "stretched" in stretched.notes[0]
         left = edit(anna, options=EditOptions(mask=path, **FEW), **settings)
         words = edit(anna, options=EditOptions(mask_words="blue cat, beach", mask_threshold=0.9, **FEW), **settings)
         assert left.plan.spec(left.plan.invert()).controls[0].mask == path  # type: ignore[attr-defined]

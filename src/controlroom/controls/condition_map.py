@@ -23,6 +23,8 @@ from controlroom.core.pose import Pose
 from controlroom.core.run import Run
 
 _LIMIT = 1e4
+_STRETCH = 1.05
+"""How far the proportions of a mask may be from the picture's: sides are rounded to what the network can draw."""
 
 
 def condition_map(source: Any, run: Run, channels: int = 3) -> torch.Tensor:
@@ -68,24 +70,60 @@ def storable(source: Any) -> Any:
     return source
 
 
-def mask_map(source: Any, run: Run, name: str = "mask") -> torch.Tensor:
+def mask_map(source: Any, run: Run, name: str = "mask", beside: Any = None) -> torch.Tensor:
     """Read a mask: [images, 1, height, width] in [0, 1], in pixels of the run.
 
+    Args:
+        source: the mask, or a list of them.
+        run: gives the size.
+        name: what to call it in an error.
+        beside: the picture that the mask was painted for, where that is stretched to the run's size too: its
+            proportions are right as well.
+
     Raises:
-        InputError: unreadable, a number that does not fit the images, or black all over: it would undo its control.
+        InputError: unreadable, of other proportions than the picture, a number that does not fit the images, or black
+            all over: it would undo its control.
     """
     height, width = run.size
     rows = []
     for item in _listed(source):
         batched = isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 4
         for each in item if batched else [item]:
-            mask = torch.from_numpy(load_mask(each, (width, height)).copy())
-            if not bool((mask > 0).any()):
-                raise InputError(
-                    f"The {name} is black all over, so nothing would happen. Paint white where it may act."
-                )
-            rows.append(mask[None, None])
+            called = f"The {name} {os.fspath(each)!r}" if isinstance(each, str | os.PathLike) else f"The {name}"
+            own = load_mask(each)
+            if not bool((own > 0).any()):
+                raise InputError(f"{called} is black all over, so nothing would happen. Paint white where it may act.")
+            _check_proportions(own.shape, run.size, beside, called)
+            rows.append(torch.from_numpy(load_mask(each, (width, height)).copy())[None, None])
     return for_images(torch.cat(rows), run, name).to(device=run.device, dtype=run.dtype)
+
+
+def _check_proportions(own: tuple[int, ...], size: tuple[int, int], beside: Any, called: str) -> None:
+    """A mask is not stretched to other proportions, in which it would lie elsewhere. Raises InputError.
+
+    Args:
+        own: height and width of the mask.
+        size: of the run.
+        beside: a picture that it may belong to.
+        called: the mask, for the message.
+    """
+
+    def alike(other: tuple[int, int]) -> bool:
+        ratio = own[1] * other[0] / (own[0] * other[1])
+        return 1 / _STRETCH <= ratio <= _STRETCH
+
+    if alike(size):
+        return
+    listed = beside if isinstance(beside, list | tuple) else [] if beside is None else [beside]
+    for picture in listed:
+        if isinstance(picture, str | bytes | os.PathLike | Image.Image):
+            width, height = load_image(picture).size
+            if alike((height, width)):
+                return
+    raise InputError(
+        f"{called} is {own[1]} x {own[0]} pixels and the picture {size[1]} x {size[0]}, which has other proportions, "
+        "so it would be stretched. Give a mask in the proportions of the picture."
+    )
 
 
 def for_images(x: torch.Tensor, run: Run, name: str) -> torch.Tensor:

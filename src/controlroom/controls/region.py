@@ -11,6 +11,7 @@ from pydantic import Field, field_serializer, field_validator
 from pydantic import SerializerFunctionWrapHandler as Handler
 
 from controlroom.controls.condition_map import mask_map
+from controlroom.controls.word_mask import picture_alone
 from controlroom.core import inputs
 from controlroom.core.branch import Condition
 from controlroom.core.control import Settings
@@ -27,8 +28,8 @@ class Region(Settings):
     Args:
         prompt: what is there.
         box: left, top, right and bottom edge, as shares of the picture's width and height.
-        mask: picture, array or tensor, white where the region is. It is cut at one half. A list: one for each prompt
-            of the run.
+        mask: picture, array or tensor, white where the region is; no words. It is cut at one half. A list: one for
+            each prompt of the run.
         negative_prompt: what must not be there; None: the run's.
         scale: 1 draws the region's prompt there, 0 is its absence, between them the two predictions are mixed.
         start, end: share of the steps between which it acts.
@@ -48,7 +49,7 @@ class Region(Settings):
     @field_validator("mask", mode="before")
     @classmethod
     def _decode(cls, value: Any) -> Any:
-        return inputs.decode(value)
+        return picture_alone(value)
 
     @field_serializer("mask", mode="wrap", when_used="json")
     def _encode(self, value: Any, handler: Handler) -> Any:

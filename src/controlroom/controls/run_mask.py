@@ -65,8 +65,10 @@ class RunMask:
         return resized_mask(self.rows((branch,)), hw).flatten(1)
 
 
-def run_mask(source: Any, run: Run, control: Control, name: str = "mask") -> RunMask:
+def run_mask(source: Any, run: Run, control: Control, name: str = "mask", beside: Any = None) -> RunMask:
     """Read the mask of a control: a picture, a list of one for each prompt, or a `WordMask`; in ``prepare``.
+
+    ``beside`` is the picture that it was painted for, where that is stretched to the run's size; see `mask_map`.
 
     Raises:
         InputError: unreadable, black all over, a number that does not fit; words that are not in the prompts, words in
@@ -81,7 +83,7 @@ def run_mask(source: Any, run: Run, control: Control, name: str = "mask") -> Run
             f"{label}: the {name} is a list with words in it. One set of words serves all prompts: "
             f"{name}='words: red hat, shirt' takes those that a prompt has."
         )
-    return RunMask(run, f"{label}.{name}", mask_map(source, run, name))
+    return RunMask(run, f"{label}.{name}", mask_map(source, run, name, beside))
 
 
 def mask_sites(outline: Outline, *masks: Any) -> tuple[Site, ...]:

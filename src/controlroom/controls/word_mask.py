@@ -123,3 +123,24 @@ def read_mask(value: Any) -> Any:
 
 MaskInput = Annotated[Any, BeforeValidator(read_mask)]
 """A picture that is white where the control may act, or a `WordMask` (``"words: red hat"``); None: everywhere."""
+
+
+def picture_alone(value: Any) -> Any:
+    """A mask of something whose place words cannot find, since it is fixed or is no picture that is drawn.
+
+    Raises:
+        InputError: it is words.
+    """
+    value = read_mask(value)
+    for item in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(item, WordMask):
+            raise InputError(
+                f"The words {', '.join(map(repr, item.words))} cannot be the mask here: words are looked up while the "
+                "picture is drawn, and this mask must be known before. Give a picture, white where it applies (or, of "
+                "a region, a box)."
+            )
+    return value
+
+
+PictureMask = Annotated[Any, BeforeValidator(picture_alone)]
+"""A picture that is white where something applies; words are refused."""

@@ -29,7 +29,7 @@ from controlroom.controls.word_mask import WordMask
 from controlroom.core.control import Control
 from controlroom.core.errors import InputError, ModelError
 from controlroom.core.files import atomic_path, write_atomically
-from controlroom.core.images import ImageSource, fit, load_image
+from controlroom.core.images import ImageSource, fit, load_image, load_mask
 from controlroom.core.png import png_bytes
 from controlroom.core.spec import RunSpec
 from controlroom.sampling.inversion import invert
@@ -164,7 +164,7 @@ class EditPlan:
 
     def _controls(self, inversion: Inversion | str | None) -> list[Control]:
         options, source, target = self.options, self.words.source or "", self.words.target or ""
-        mask = options.mask
+        mask = self._mask()
         if options.words:
             mask = WordMask(options.words, threshold=options.mask_threshold)
         match self.method:
@@ -177,6 +177,13 @@ class EditPlan:
             case _:
                 start = FromInversion(inversion, 1.0 if options.strength is None else options.strength, mask=mask)
                 return [start, control_of(self.method, source, target)]
+
+    def _mask(self) -> Any:
+        """The mask as it was given; stretched with the picture where that was."""
+        given, size = self.options.mask, self.before.size
+        if given is None or not _stretched(load_image(self.image), size, 1.04):
+            return given
+        return Image.fromarray(np.rint(load_mask(given, size) * 255).astype(np.uint8), "L")
 
     def finished(self, run: RunResult, inversion: Inversion | None = None) -> EditResult:
         """The result out of what the run of `spec` gave."""
@@ -320,7 +327,7 @@ def plan_edit(
     if method == "instruct_pix2pix":
         check_instructed(pipe)
     check_words(method, words, chosen, pipe)
-    size = chosen.size or _size_for(picture.size, pipe)
+    size = chosen.size or size_for(picture.size, pipe)
     return EditPlan(pipe, chosen, image, fit(picture, *size, "stretch"), words, method, why, _stretched(picture, size))
 
 
@@ -339,7 +346,7 @@ def _loaded(method: Method, options: EditOptions) -> Pipeline:
         ) from error
 
 
-def _size_for(size: tuple[int, int], pipe: Pipeline) -> tuple[int, int]:
+def size_for(size: tuple[int, int], pipe: Pipeline) -> tuple[int, int]:
     """Width and height in the proportions of a picture, with the area that the model was trained at."""
     levels = len(pipe.unet.config.block_out_channels)
     step = pipe.backbone.pixels_per_latent * 2 ** (levels - 1)
@@ -350,8 +357,8 @@ def _size_for(size: tuple[int, int], pipe: Pipeline) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def _stretched(picture: Image.Image, size: tuple[int, int]) -> tuple[str, ...]:
+def _stretched(picture: Image.Image, size: tuple[int, int], bearable: float = 1.1) -> tuple[str, ...]:
     by = (picture.width / picture.height) / (size[0] / size[1])
-    if 0.9 < by < 1.1:
+    if 1 / bearable < by < bearable:
         return ()
     return (f"the picture of {picture.width} x {picture.height} pixels is stretched to {size[0]} x {size[1]}",)

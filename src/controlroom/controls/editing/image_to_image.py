@@ -60,7 +60,7 @@ class ImageToImage(Control):
         return Declaration(strength=self.strength, claims=claims, attention=mask_sites(outline, self.mask))
 
     def prepare(self, run: Run) -> KeptPicture | None:
-        mask = None if self.mask is None else run_mask(self.mask, run, self)
+        mask = None if self.mask is None else run_mask(self.mask, run, self, beside=self.image)
         clean, noise = start_from(run, self._latents(run))
         return None if mask is None else KeptPicture(mask, clean, noise)
 

@@ -89,7 +89,8 @@ class InstructPix2Pix(Control):
         if self.mask is None:
             return None
         clean = for_each_image(latents, run)
-        return KeptPicture(run_mask(self.mask, run, self), clean, run.noise("kept picture", clean.shape))
+        mask = run_mask(self.mask, run, self, beside=self.image)
+        return KeptPicture(mask, clean, run.noise("kept picture", clean.shape))
 
     def attention(self, call: AttentionCall) -> None:
         """Read where the words of the mask are."""

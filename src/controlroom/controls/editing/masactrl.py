@@ -212,6 +212,13 @@ class MasaCtrl(Control):
         SOURCE.check(step, self.label)
         step.memory(self).maps.clear()
 
+    def finish(self, step: Step) -> None:
+        """Keep where the words were in the picture, so that it can be shown."""
+        found = step.memory(self).foreground(step.run.size)
+        if found is not None:
+            plan = step.run.plan
+            step.run.masks[f"{plan.controls[plan.indices[id(self)]].label}.target_mask"] = found
+
     def attention(self, call: AttentionCall) -> None:
         """Read the maps of the words, route self-attention."""
         memory: _Memory = call.step.memory(self)
@@ -274,6 +281,10 @@ class _Memory:
         # A query with no key of its kind looks everywhere.
         apart = apart & ~apart.all(-1, keepdim=True)
         return torch.zeros(apart.shape, device=apart.device).masked_fill(apart, float("-inf"))[:, None]
+
+    def foreground(self, size: tuple[int, int]) -> torch.Tensor | None:
+        """[images, 1, height, width] in {0, 1}: where the words are in the picture; None without words."""
+        return self._foreground("cond", size).to(torch.float32) if "cond" in self.maps else None
 
     def _foreground(self, branch: str, hw: tuple[int, int]) -> torch.Tensor:
         """[images, 1, h, w]: where the words are, on the mean over the layers so far."""

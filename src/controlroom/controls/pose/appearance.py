@@ -23,7 +23,7 @@ from controlroom.backbones.reference import Bank, ReferenceWriter, check_writer,
 from controlroom.controls.condition_map import rows_of, tiled
 from controlroom.controls.reference_images import count, reference_masks, reference_pixels, token_bias
 from controlroom.controls.run_mask import RunMask, joined_sites, mask_sites, run_mask
-from controlroom.controls.word_mask import MaskInput
+from controlroom.controls.word_mask import MaskInput, PictureMask
 from controlroom.core.attention import AttentionCall
 from controlroom.core.branch import Condition
 from controlroom.core.claims import Claim
@@ -97,7 +97,7 @@ class AppearanceControl(Control):
     start: float = Field(default=0.0, ge=0.0, le=1.0)
     end: float = Field(default=1.0, ge=0.0, le=1.0)
     mask: MaskInput = None
-    reference_mask: Any = None
+    reference_mask: PictureMask = None
     text: str = ""
     ref_noise: Literal["clean", "match"] = "clean"
     time: Literal["zero", "match"] = "zero"

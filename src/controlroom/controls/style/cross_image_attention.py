@@ -26,7 +26,9 @@ from pydantic import Field
 
 from controlroom.controls.condition_map import mask_map, resized_mask
 from controlroom.controls.reference_states import adain, told_as
+from controlroom.controls.run_mask import RunMask, joined_sites, mask_sites, run_mask
 from controlroom.controls.source_pixels import for_each_image, source_pixels
+from controlroom.controls.word_mask import MaskInput, PictureMask
 from controlroom.core.attention import AttentionCall, Lookup
 from controlroom.core.branch import IMAGE, Branch, State
 from controlroom.core.claims import Claim
@@ -52,8 +54,9 @@ class CrossImageAttention(Control):
         appearance: the picture whose look it gets.
         strength: share of the steps that is run, above 0 to 1; less keeps more of the structure.
         start, end: share of these steps between which it acts.
-        mask: white where the thing is in the structure: nothing else changes its look. A list: one for each prompt.
-        appearance_mask: white where the thing is in the appearance: where colours are taken from.
+        mask: white where the thing is in the structure: nothing else changes its look. A picture, a list with one for
+            each prompt, or words of the prompt (``"words: giraffe"``): where the network reads them so far.
+        appearance_mask: white where the thing is in the appearance: where colours are taken from; no words.
         contrast: factor on the contrast of attention; 1: none.
         swap_guidance_scale: away from the prediction with its own keys and values, falling to the half; 1: none.
         attention_start: share of the steps after which keys and values are the appearance's.
@@ -75,8 +78,8 @@ class CrossImageAttention(Control):
     strength: float = Field(default=0.68, gt=0.0, le=1.0)
     start: float = Field(default=0.0, ge=0.0, le=1.0)
     end: float = Field(default=1.0, ge=0.0, le=1.0)
-    mask: Any = None
-    appearance_mask: Any = None
+    mask: MaskInput = None
+    appearance_mask: PictureMask = None
     contrast: float = Field(default=1.67, ge=0.0)
     swap_guidance_scale: float = Field(default=3.5, ge=1.0)
     attention_start: float = Field(default=0.15, ge=0.0, le=1.0)
@@ -116,7 +119,7 @@ class CrossImageAttention(Control):
         return Declaration(
             states=(State(STRUCTURE, "derived"), State(APPEARANCE, "derived")),
             branches=tuple(branches),
-            attention=chosen,
+            attention=joined_sites(chosen, mask_sites(outline, self.mask)),
             claims=(*claims, Claim("prediction", "add"), Claim("latents", "blend")),
             phases=frozenset({"main"}),
             strength=self.strength,
@@ -145,11 +148,11 @@ class CrossImageAttention(Control):
                 run.set_condition(name, told_as(run, "cond"))
             elif name == f"{STRUCTURE}/uncond":
                 run.set_condition(name, told_as(run, "uncond"))
-        masks = [
-            None if mask is None else mask_map(mask, run, name)
-            for name, mask in (("mask", self.mask), ("appearance_mask", self.appearance_mask))
-        ]
-        return _Memory(levels[STRUCTURE], levels[APPEARANCE], *masks)
+        mask = None if self.mask is None else run_mask(self.mask, run, self, beside=self.structure)
+        other = self.appearance_mask
+        if other is not None:
+            other = mask_map(other, run, "appearance_mask", beside=self.appearance)
+        return _Memory(levels[STRUCTURE], levels[APPEARANCE], mask, other)
 
     def before(self, step: Step) -> None:
         """No prediction yet."""
@@ -160,16 +163,18 @@ class CrossImageAttention(Control):
     def attention(self, call: AttentionCall) -> None:
         """Answer with another picture's keys and values, with more contrast."""
         step = call.step
-        if step.i not in self._swapped(step.n):
+        memory: _Memory = step.memory(self)
+        if memory.mask is not None:
+            memory.mask.attention(call)
+        if call.site.kind == "cross" or step.i not in self._swapped(step.n):
             return
         again = self.structure_every > 0 and step.i % self.structure_every == 0
         own = again and step.i < round(step.n * self.structure_until)
         source = f"{STRUCTURE if own else APPEARANCE}/cond"
         if source not in call:
             return
-        memory: _Memory = step.memory(self)
         for branch in call.reached(self):
-            mask = None if memory.mask is None else _tokens(memory.mask, call.site.hw)
+            mask = None if memory.mask is None else _tokens(memory.mask.pixels, call.site.hw)
             seen = _Seen(source, self.contrast, self.scale, mask)
             call.affine(branch, "q", seen.queries)
             call.affine(branch, "k", seen.keys)
@@ -196,6 +201,9 @@ class CrossImageAttention(Control):
         """DDIM's step becomes one of DDPM with the structure's noise; then AdaIN."""
         memory: _Memory = step.memory(self)
         assert memory.sample is not None
+        mask = memory.mask
+        if mask is not None:
+            mask.update()
         before, after = step.alpha_bar, step.alpha_bar_next
         variance = (1 - after) / (1 - before) * (1 - before / after)
         straight, bent = (1 - after) ** 0.5, max(1 - after - variance, 0.0) ** 0.5
@@ -208,12 +216,13 @@ class CrossImageAttention(Control):
             latents = latents + lacking.to(latents)
         if self.latent_adain and step.i >= round(step.n * self.adain_start):
             hw = (latents.shape[2], latents.shape[3])
-            mask, other = (None if m is None else resized_mask(m, hw) for m in (memory.mask, memory.appearance_mask))
-            moved = adain(latents, memory.appearance.at(step.i + 1), (2, 3), mask, other)
-            if mask is None and self.scale == 1:
+            masks = (None if mask is None else mask.pixels, memory.appearance_mask)
+            inside, other = (None if m is None else resized_mask(m, hw) for m in masks)
+            moved = adain(latents, memory.appearance.at(step.i + 1), (2, 3), inside, other)
+            if inside is None and self.scale == 1:
                 latents = moved.to(latents)
             else:
-                share = self.scale if mask is None else self.scale * mask
+                share = self.scale if inside is None else self.scale * inside
                 latents = latents + (share * (moved - latents)).to(latents)
         step.latents[IMAGE] = latents
 
@@ -248,11 +257,11 @@ class _Levels:
 
 @dataclass
 class _Memory:
-    """What a run knows: the pictures' levels, masks [images, 1, H, W] or None, the input of the step's prediction."""
+    """What a run knows: the pictures' levels, masks or None, the input of the step's prediction."""
 
     structure: _Levels
     appearance: _Levels
-    mask: torch.Tensor | None
+    mask: RunMask | None
     appearance_mask: torch.Tensor | None
     sample: torch.Tensor | None = field(default=None)
 

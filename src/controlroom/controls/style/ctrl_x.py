@@ -26,10 +26,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 
-from controlroom.controls.condition_map import mask_map, resized_mask, rows_of
+from controlroom.controls.condition_map import resized_mask, rows_of
 from controlroom.controls.named_layers import check_layers, named_sites
 from controlroom.controls.reference_states import noised_anew, told_as, told_text
+from controlroom.controls.run_mask import RunMask, joined_sites, mask_sites, run_mask
 from controlroom.controls.source_pixels import for_each_image, source_pixels
+from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall, FeatureCall, Lookup
 from controlroom.core.branch import IMAGE, Branch, State
 from controlroom.core.claims import Claim
@@ -57,7 +59,8 @@ class CtrlX(Control):
         appearance: as ``structure``. With neither, and no prompt for either, there is nothing to control.
         scale: 0 is its absence, 1 all of it.
         start, end: share of the steps between which it acts.
-        mask: white where the picture is controlled. A list: one for each prompt.
+        mask: white where the picture is controlled. A picture, a list with one for each prompt, or words of the prompt
+            (``"words: red hat"``): where the network reads them, from the second step on.
         structure_prompt, appearance_prompt: what a given picture shows, or what one drawn along is drawn from; None:
             the run's prompt. A list: one for each prompt.
         structure_schedule, appearance_schedule: share of the steps, from the first, with that control; 0: without.
@@ -78,7 +81,7 @@ class CtrlX(Control):
     scale: float = Field(default=1.0, ge=0.0, le=1.0)
     start: float = Field(default=0.0, ge=0.0, le=1.0)
     end: float = Field(default=1.0, ge=0.0, le=1.0)
-    mask: Any = None
+    mask: MaskInput = None
     structure_prompt: str | list[str] | None = None
     appearance_prompt: str | list[str] | None = None
     structure_schedule: float = Field(default=0.6, ge=0.0, le=1.0)
@@ -167,7 +170,9 @@ class CtrlX(Control):
         return Declaration(
             states=tuple(states),
             branches=tuple(branches),
-            attention=tuple(site for site in outline.attention if site.name in attention),
+            attention=joined_sites(
+                tuple(site for site in outline.attention if site.name in attention), mask_sites(outline, self.mask)
+            ),
             features=features,
             claims=tuple(claims),
             # The passes of the recurrence are without control.
@@ -222,7 +227,7 @@ class CtrlX(Control):
             run.set_condition(f"{which}/cond", self._told(run, which))
             if f"{which}/uncond" in run.plan.branches:
                 run.set_condition(f"{which}/uncond", told_as(run, "uncond"))
-        mask = None if self.mask is None else mask_map(self.mask, run)
+        mask = None if self.mask is None else run_mask(self.mask, run, self)
         modules = {site.name: run.backbone.unet.get_submodule(site.name) for site in run.plan.outline.attention}
         layers = {which: frozenset(s.name for s in self._layers(which, run.plan.outline)) for which in run.plan.states}
         return _Memory(repeats, layers.get(STRUCTURE, _NONE), layers.get(APPEARANCE, _NONE), modules, mask)
@@ -237,7 +242,10 @@ class CtrlX(Control):
         return told_text(run, [text for text in listed for _ in range(run.images // len(listed))])
 
     def before(self, step: Step) -> None:
-        """Whether the pictures share the pass of the run's."""
+        """A mask by words moves on. Whether the pictures share the pass of the run's."""
+        memory: _Memory = step.memory(self)
+        if memory.mask is not None and memory.mask.update():
+            memory.made.clear()
         for which in (STRUCTURE, APPEARANCE):
             name = f"{which}/cond"
             if name in step.running and step.condition(name).tokens.shape[1] != step.condition("cond").tokens.shape[1]:
@@ -267,9 +275,11 @@ class CtrlX(Control):
     def attention(self, call: AttentionCall) -> None:
         """The input takes over the appearance; queries and keys are the structure's."""
         memory: _Memory = call.step.memory(self)
+        if memory.mask is not None:
+            memory.mask.attention(call)
         structure = call.site.name in memory.structure and self._acts(call, STRUCTURE)
         appearance = call.site.name in memory.appearance and self._acts(call, APPEARANCE)
-        for branch in call.reached(self):
+        for branch in call.reached(self) if structure or appearance else ():
             weight = self._weight(call, branch, memory, lambda mask: _tokens(mask, call.site.hw))
             if appearance:
                 own = call.input_of(branch)
@@ -293,7 +303,7 @@ class CtrlX(Control):
             return self.scale
         key = (call.site.name, branch)
         if key not in memory.made:
-            memory.made[key] = make(rows_of(memory.mask, call.step.run, branch))
+            memory.made[key] = make(rows_of(memory.mask.pixels, call.step.run, branch))
         return self.scale * memory.made[key]
 
     # After a step.
@@ -327,14 +337,14 @@ class _Memory:
         repeats: step -> how many times it is taken again.
         structure, appearance: names of their self-attentions.
         modules: self-attentions by name.
-        mask: [images, 1, H, W] or None; made: what is made of it for a layer and a branch.
+        mask: of the control, or None; made: what is made of it for a layer and a branch.
     """
 
     repeats: dict[int, int]
     structure: frozenset[str]
     appearance: frozenset[str]
     modules: dict[str, Any]
-    mask: torch.Tensor | None
+    mask: RunMask | None
     made: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
 

@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 
-from controlroom.controls.condition_map import mask_map, resized_mask, rows_of
+from controlroom.controls.condition_map import resized_mask, rows_of
 from controlroom.controls.reference_images import reference_pixels, token_bias
 from controlroom.controls.reference_inversion import InvertedPicture, ReferenceInput, is_inversion, recorded
 from controlroom.controls.reference_states import adain, told_as, told_text
+from controlroom.controls.run_mask import RunMask, joined_sites, mask_sites, run_mask
+from controlroom.controls.word_mask import MaskInput
 from controlroom.core.attention import AttentionCall, FeatureCall, Lookup
 from controlroom.core.branch import IMAGE, Branch, State
 from controlroom.core.claims import Claim
@@ -49,7 +51,8 @@ class StyleAligned(Control):
         reference: a picture, or an `Inversion` (or its file); None: the first picture of the run, drawn along.
         scale: 0 is its absence, 1 all of it; between, how far attention and statistics go towards it.
         start, end: share of the steps between which it acts.
-        mask: white where pictures are aligned. A list: one for each prompt.
+        mask: white where pictures are aligned. A picture, a list with one for each prompt, or words of the prompts
+            (``"words: red hat"``): where the network reads them, from the second step on.
         prompt: of the reference: what a given one shows ("" unless said otherwise), or the prompt of one drawn along
             (None: the run's first).
         seed: of a reference drawn along, which is then the picture that ``prompt`` and this seed give alone; None: the
@@ -75,7 +78,7 @@ class StyleAligned(Control):
     scale: float = Field(default=1.0, ge=0.0, le=1.0)
     start: float = Field(default=0.0, ge=0.0, le=1.0)
     end: float = Field(default=1.0, ge=0.0, le=1.0)
-    mask: Any = None
+    mask: MaskInput = None
     prompt: str | None = None
     seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
     share_attention: bool = True
@@ -136,7 +139,8 @@ class StyleAligned(Control):
                 for role in ("uncond", "cond")
                 if role in outline.text_branches
             )
-        return Declaration(states=states, branches=branches, attention=attention, features=norms, claims=tuple(claims))
+        read = joined_sites(attention, mask_sites(outline, self.mask))
+        return Declaration(states=states, branches=branches, attention=read, features=norms, claims=tuple(claims))
 
     def _operands(self) -> tuple[Literal["q", "k", "v"], ...]:
         chosen: tuple[tuple[Literal["q", "k", "v"], bool], ...] = (
@@ -160,7 +164,7 @@ class StyleAligned(Control):
 
     def prepare(self, run: Run) -> _Memory:
         """Invert the reference, or say what is drawn along."""
-        mask = None if self.mask is None else mask_map(self.mask, run)
+        mask = None if self.mask is None else run_mask(self.mask, run, self)
         memory = _Memory({site.name: run.backbone.unet.get_submodule(site.name) for site in self._layers(run)}, mask)
         if f"{STYLE}/cond" not in run.plan.branches:
             return memory
@@ -195,7 +199,10 @@ class StyleAligned(Control):
         return found
 
     def before(self, step: Step) -> None:
-        """Whether the reference shares the pass of the pictures that look at it."""
+        """A mask by words moves on. Whether the reference shares the pass of the pictures that look at it."""
+        memory: _Memory = step.memory(self)
+        if memory.mask is not None and memory.mask.update():
+            memory.made.clear()
         if f"{STYLE}/cond" not in step.running:
             return
         own, other = (step.condition(name).tokens.shape[1] for name in (f"{STYLE}/cond", "cond"))
@@ -216,7 +223,9 @@ class StyleAligned(Control):
     def attention(self, call: AttentionCall) -> None:
         """AdaIN of queries, keys and values, then the reference's among the keys."""
         memory: _Memory = call.step.memory(self)
-        for branch in call.reached(self):
+        if memory.mask is not None:
+            memory.mask.attention(call)
+        for branch in call.reached(self) if call.site.kind == "self" else ():
             style = self._style(call, branch)
             if self.full_attention_share:
                 self._see_each_other(call, branch, memory)
@@ -290,10 +299,10 @@ class StyleAligned(Control):
 
 @dataclass
 class _Memory:
-    """What a run knows: its layers, the mask [images, 1, H, W] or None, and what is made of that for a layer."""
+    """What a run knows: its layers, the mask or None, and what is made of that for a layer."""
 
     modules: dict[str, Any]
-    mask: torch.Tensor | None
+    mask: RunMask | None
     made: dict[tuple[str, str, str], torch.Tensor] = field(default_factory=dict)
 
     def of(
@@ -307,7 +316,7 @@ class _Memory:
         key = (call.site.name, branch, kind)
         if key not in self.made:
             assert self.mask is not None
-            self.made[key] = make(rows_of(self.mask, call.step.run, branch))
+            self.made[key] = make(rows_of(self.mask.pixels, call.step.run, branch))
         return self.made[key]
 
 
