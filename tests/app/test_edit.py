@@ -102,6 +102,11 @@ def test_a_target_alone_is_drawn_over_the_picture(here: Path, capsys: pytest.Cap
         ((*WORDS, "--inversion", "small.safetensors"), "small.safetensors"),
         ((*WORDS, "--inversion", f"{'x' * 300}.safetensors"), "file name too long"),
         ((*WORDS, "--method", "imagic"), "--fit"),
+        ((*WORDS, "--image-guidance-scale", "1"), "image_guidance_scale is of instruct_pix2pix"),
+        ((*WORDS, "--fit", "folder"), "fit is of imagic"),
+        (("--to", TARGET, "--inversion", "x.safetensors"), "inversion is of methods that invert"),
+        ((*WORDS, "--mask-threshold", "0.5"), "mask_threshold is of a mask by words"),
+        ((*WORDS, "--strength", "0"), "strength is 0"),
     ],
 )
 def test_mistakes_are_one_line(

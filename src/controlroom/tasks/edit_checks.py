@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from controlroom.backbones.words import PromptTokens, prompt_tokens
 from controlroom.core.errors import InputError, ModelError
 from controlroom.core.images import load_mask
-from controlroom.tasks.edit_method import EditOptions, Method, Words, prompt_of
+from controlroom.tasks.edit_method import INVERSIONS, EditOptions, Method, Words, prompt_of
 
 if TYPE_CHECKING:
     from controlroom.sampling.pipeline import Pipeline
@@ -31,10 +31,26 @@ def check_options(method: Method, options: EditOptions) -> None:
             "strength is of methods that start from the picture. For instruct_pix2pix, guidance_scale says how much of "
             "the instruction is done and image_guidance_scale how much of the picture is kept."
         )
-    if method != "imagic" and options.strength is not None and options.strength > 1:
+    if method != "imagic" and options.strength is not None and not 0 < options.strength <= 1:
         raise InputError(f"strength is {options.strength:g}; it is a share of the steps, above 0 and at most 1.")
+    _check_belongs(method, options)
     if method == "null_text" and options.guidance_scale <= 1:
         raise InputError("null_text learns embeddings for guidance. Give a guidance_scale above 1, or another method.")
+
+
+def _check_belongs(method: Method, options: EditOptions) -> None:
+    """No option was given that this method would ignore. Raises InputError."""
+    inverting = ", ".join(INVERSIONS)
+    of_others = {
+        "image_guidance_scale": (method == "instruct_pix2pix", "of instruct_pix2pix"),
+        "fit": (method == "imagic", "of imagic"),
+        "inversion": (method in INVERSIONS, f"of methods that invert the picture ({inverting})"),
+        "mask_threshold": (options.mask_words is not None, "of a mask by words (mask_words)"),
+    }
+    for name, (taken, whose) in of_others.items():
+        if not taken and name in options.model_fields_set and getattr(options, name) is not None:
+            here = "there is none" if name == "mask_threshold" else f"the method here is {method}"
+            raise InputError(f"{name} is {whose}, and {here}. Leave --{name.replace('_', '-')} out.")
 
 
 def check_mask(mask: Any, size: tuple[int, int], image: Any) -> None:

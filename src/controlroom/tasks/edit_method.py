@@ -55,8 +55,9 @@ class EditOptions(BaseModel):
     mask_words: str | tuple[str, ...] | None = None
     """Instead, words of what the result shows; the mask follows where the network reads them."""
     mask_threshold: float = Field(default=0.3, ge=0, lt=1)
-    strength: float | None = Field(default=None, gt=0)
-    """Share of the steps that is run, from the picture: less keeps more. Of ``imagic``: 0 the picture, 1 the words."""
+    strength: float | None = Field(default=None, ge=0)
+    """Share of the steps that is run, from the picture, above 0: less keeps more. Of ``imagic``: 0 the picture, 1 the
+    words, more overdoes it (None: 1.2)."""
     size: tuple[int, int] | None = None
     """Width and height in pixels; None: as many as the model was trained at, in the picture's proportions."""
     negative_prompt: str | None = None
