@@ -38,7 +38,7 @@ from controlroom.data.pictures import Picture
 METADATA = ("metadata.jsonl", "metadata.csv")
 _CONDITION = "conditioning_image"
 _KNOWN = ("file_name", "text", "mask", _CONDITION)
-_CAPTION_ENDINGS = (".txt", ".caption")
+CAPTION_ENDINGS = (".txt", ".caption")
 _TRAIN = "train"
 
 
@@ -80,7 +80,7 @@ def _pictures(folder: Path, root: Path, notes: list[str]) -> Iterator[Picture]:
         return
     inner = folder.relative_to(root).parts
     for path in pictures_in(folder):
-        caption = caption_beside(path, _CAPTION_ENDINGS) or ""
+        caption = caption_beside(path, CAPTION_ENDINGS) or ""
         yield picture_of(path, root, caption, mask_of(path, root), subject=inner[0] if inner else "")
     for below in subfolders(folder):
         yield from _pictures(below, root, notes)
@@ -128,7 +128,7 @@ def _listed(table: Path, root: Path, notes: list[str]) -> Iterator[Picture]:
             if not condition.is_file():
                 raise InputError(f"{row.where} names the {_CONDITION} {shown!r}, which is not in {str(folder)!r}.")
         caption = row.text("text")
-        caption = (caption_beside(path, _CAPTION_ENDINGS) or "") if caption is None else " ".join(caption.split())
+        caption = (caption_beside(path, CAPTION_ENDINGS) or "") if caption is None else " ".join(caption.split())
         ignored.update(name for name in row.fields if name not in _KNOWN)
         inner = path.relative_to(root).parts[:-1]
         picture = picture_of(path, root, caption, masked, subject=inner[0] if inner else "")

@@ -12,7 +12,8 @@ import re
 from collections.abc import Sequence
 
 from controlroom.core.errors import InputError
-from controlroom.data.picture_files import existing_folder, picture_of, pictures_in, subfolders
+from controlroom.data.image_folder import CAPTION_ENDINGS, metadata_file
+from controlroom.data.picture_files import caption_beside, existing_folder, picture_of, pictures_in, subfolders
 from controlroom.data.pictures import Picture, by_subject
 
 _LAYOUT = "a folder of people with pictures such as 'Ann_Veneman/Ann_Veneman_0001.jpg'"
@@ -39,6 +40,34 @@ def lfw(path: str | os.PathLike[str], caption: str = "a photo of a person") -> t
     if not found:
         raise InputError(f"There is nobody in {str(root)!r}; expected {_LAYOUT}.")
     return tuple(found)
+
+
+def is_lfw(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder has that layout: folders whose pictures all have their name and a number, without captions.
+
+    Raises:
+        InputError: no such folder.
+    """
+    root = existing_folder(path, _LAYOUT)
+    found = [(folder, file) for folder in subfolders(root) for file in pictures_in(folder)]
+    if not found or pictures_in(root) or metadata_file(root) is not None:
+        return False
+    named = (_NUMBER.fullmatch(file.stem) for _, file in found)
+    if not all(match and match[1] == folder.name for match, (folder, _) in zip(named, found, strict=True)):
+        return False
+    return all(caption_beside(file, CAPTION_ENDINGS) is None for _, file in found)
+
+
+def people_with(pictures: Sequence[Picture], minimum: int) -> tuple[Picture, ...]:
+    """Pictures of people of whom there are at least so many.
+
+    Raises:
+        InputError: there is nobody.
+    """
+    enough = {name for name, its in by_subject(pictures).items() if len(its) >= minimum}
+    if not enough:
+        raise InputError(f"Nobody has {minimum} pictures or more. Lower the minimum.")
+    return tuple(picture for picture in pictures if picture.subject in enough)
 
 
 def people_split(

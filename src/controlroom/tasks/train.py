@@ -182,7 +182,7 @@ def plan_training(
         own = own.model_copy(update={"cache": str(checked.output_dir / "cache")})
     watched = {
         "preview_every": isinstance(own, ShownSettings) and bool(own.previews),
-        "validate_every": isinstance(own, ValidatedSettings) and own.validation is not None,
+        "validate_every": isinstance(own, ValidatedSettings) and own.holds_out,
     }
     if checked.total_steps is not None:
         tenth = max(1, checked.total_steps // 10)

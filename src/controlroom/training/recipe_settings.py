@@ -92,6 +92,11 @@ class ValidatedSettings(RecipeSettings):
     validation_pictures: PositiveInt = 32
     """As many of them at most, from all over the set."""
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether something is held out."""
+        return self.validation is not None
+
     def sides(self, pictures: Sequence[Picture]) -> tuple[Sequence[Picture], Sequence[Picture]]:
         """Pictures that are learned from, and held-out ones.
 
