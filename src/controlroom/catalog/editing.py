@@ -192,6 +192,7 @@ ENTRIES: tuple[System, ...] = (
         status="working",
         neutral=SCALE_0,
         proof="parity with diffusers' StableDiffusionPAGPipeline and StableDiffusionXLPAGPipeline",
+        effect="n=64, in the middle layer: nothing changes (attributes 0.923 with and without)",
     ),
     System(
         number=55,
@@ -209,6 +210,7 @@ ENTRIES: tuple[System, ...] = (
         status="working",
         neutral=SCALE_0,
         proof="transcription of the published equations in the test, on tiny random weights",
+        effect="n=64, in the middle layer: attributes 0.925 (0.923 without; 0.2 points [0.0, 0.5])",
     ),
     System(
         number=56,

@@ -18,9 +18,9 @@ ENTRIES: tuple[System, ...] = (
         no_neutral=TASK,
         proof="the run it builds, its poses of every kind and its files, on tiny random weights; scales of 0 are a run "
         "of words alone",
-        effect="n=300: PCK@0.2 98.5 %; of nine attributes of the person top colour 99.3 %, lower colour 98.3, skin "
-        "97.7, pattern 96.3, hair length 92.7, lower garment 90.3, hair colour 89.3, kind of top 88.3, hat "
-        "73.3 (reference-only: 38.7 to 70.7); the place 98.7",
+        effect="n=300: PCK@0.2 98.6 %; of nine attributes of the person top colour 99.0 %, skin 98.0, lower colour "
+        "97.0, pattern 96.0, lower garment 92.3, hair colour 92.0, hair length 90.3, kind of top 86.3, hat "
+        "79.0 (reference-only: 38.7 to 70.7); the place 100",
     ),
     System(
         number=2,
@@ -36,6 +36,8 @@ ENTRIES: tuple[System, ...] = (
         status="working",
         neutral=SCALE_0,
         proof="transcription of the published equations in the test, on tiny random weights",
+        effect="n=300, beside a pose ControlNet: each of nine attributes of the person 25 to 88 points above that "
+        "ControlNet alone, SSIM to the true picture 0.667 (0.147)",
     ),
     System(
         number=3,
@@ -84,6 +86,7 @@ ENTRIES: tuple[System, ...] = (
         status="working",
         no_neutral=TASK,
         proof="both controls at once against diffusers' pipeline, on tiny random weights",
+        effect="n=300: PCK@0.2 97.9 %; of nine attributes of the person 30.3 to 65.3 %; the place 89.0",
     ),
     System(
         number=13,
