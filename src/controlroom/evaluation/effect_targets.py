@@ -12,7 +12,7 @@ from controlroom.evaluation.suites.inverted_edits import again_arm
 from controlroom.evaluation.suites.masactrl import ALIKE
 from controlroom.evaluation.suites.pix2pix_zero import ZERO
 from controlroom.evaluation.suites.prompt_to_prompt_real import METHODS, edited_arm
-from controlroom.evaluation.suites.prompt_weighting import SHOWN
+from controlroom.evaluation.suites.prompt_weighting import SHOWN, arm_of
 from controlroom.evaluation.suites.right import RIGHT
 from controlroom.evaluation.suites.self_guidance import RESIZED, SHIFTED
 from controlroom.evaluation.suites.upscale import ALIKE as STRUCTURE
@@ -75,6 +75,15 @@ TARGETS: tuple[Target, ...] = (
         "rate of the attribute rises with the factor",
         "prompt_to_prompt_reweight",
         Rising(SHOWN),
+    ),
+    *(
+        Target(
+            "Prompt-to-Prompt, re-weight",
+            f"PSNR outside, factor {factor:g}",
+            "prompt_to_prompt_reweight",
+            Level(PSNR, arm_of(factor)),
+        )
+        for factor in (0.25, 4.0)
     ),
     *(
         target
@@ -149,6 +158,7 @@ TARGETS: tuple[Target, ...] = (
         None,
         Target("MasaCtrl", "identity kept: above re-prompting", "masactrl", Gain(ALIKE, "masactrl")),
     ),
+    Target("MasaCtrl", _OUTSIDE, "masactrl", Gain(PSNR, "masactrl")),
     *_edits(
         "Imagic",
         "imagic",
