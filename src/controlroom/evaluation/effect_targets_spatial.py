@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from controlroom.evaluation.effect_rules import Gain, Joint, Level, Target
+from controlroom.evaluation.effect_rules import Gain, Joint, Level, Rising, Target
 from controlroom.evaluation.suites import ctrl_x, depth2img, inpaint, panorama, regions, style_aligned, stylise
 from controlroom.evaluation.suites.controlnet import EMPTY, SIZE, WITH, WITHOUT, measure_name
 from controlroom.evaluation.suites.editing import MADE, PSNR
+from controlroom.evaluation.suites.interpolation import OF_SECOND
 from controlroom.signals.signal import KINDS
 
 _ABLATED = {
@@ -123,6 +124,12 @@ TARGETS: tuple[Target, ...] = (
             (regions.RESIZED, "latents, resized"),
         )
     ),
+    Target(
+        "IP-Adapter, from one person to another",
+        "looks of the second rise with its share",
+        "interpolation",
+        Rising(OF_SECOND),
+    ),
 )
 #: Suites in the order in which they are measured.
 MEASURED = (
@@ -138,4 +145,5 @@ MEASURED = (
     "depth2img",
     "inpaint",
     "stylise",
+    "interpolation",
 )

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from controlroom.backbones.loading import THEATRE, find_model
 from controlroom.controls.personal.ip_adapter import IPAdapter
 from controlroom.core.errors import InputError, ModelError
 from controlroom.core.spec import RunSpec
+from controlroom.data.pictures import Picture
 from controlroom.data.theatre.attributes import attributes, read_caption
 from controlroom.data.theatre.people import Person, people, subject_caption
 from controlroom.data.theatre.render import render
@@ -36,6 +38,7 @@ from controlroom.evaluation.extractor import content_hash
 from controlroom.evaluation.extractors.theatre import TheatreFeatures, TheatreIdentity, signed, theatre_reader
 from controlroom.evaluation.retarget_judge import IDENTITY
 from controlroom.evaluation.suites.judges import LikenessScore, SetDistance
+from controlroom.evaluation.suites.subject_adapters import Adapter, Networks
 from controlroom.evaluation.suites.suite import Arm, Case, Measure, Shown, Suite, SuiteSettings, Table, Values
 from controlroom.signals.readers import AttributeReader
 
@@ -61,13 +64,13 @@ class Way:
     Attributes:
         title: of its column.
         weights: setting that names its adapter.
-        aggregate: what becomes of the pictures.
+        aggregate: what becomes of the pictures; None: it was trained on them, each person by itself.
         pictures: how many it is shown.
     """
 
     title: str
     weights: str
-    aggregate: Aggregate
+    aggregate: Aggregate | None
     pictures: int = PICTURES
 
 
@@ -80,6 +83,7 @@ WAYS: dict[str, Way] = {
     "single_more": Way("one picture, trained further", "single_more", "tokens", 1),
     "max_more": Way("maximum, trained further", "max_more", "max"),
     "average_more": Way("average, trained further", "average_more", "average"),
+    "dreambooth": Way("DreamBooth on the nine", "dreambooth", None),
 }
 NUMBERS = (1, 2, 4, 9)
 BY_NUMBER: dict[str, Way] = {
@@ -100,6 +104,17 @@ class Settings(SuiteSettings):
     single_more: str = f"{THEATRE}/ip_adapter_single"
     max_more: str = f"{THEATRE}/ip_adapter_max"
     average_more: str = f"{THEATRE}/ip_adapter_average"
+
+    later: ClassVar[frozenset[str]] = frozenset({"dreambooth", "word", "phrase", "learned_phrase"})
+    dreambooth: str = ""
+    """Folder of what DreamBooth learned of each person's nine pictures: ``PERSON/`` with ``lora.safetensors`` or
+    ``unet/``, or ``PERSON/weights/``, as trainings leave it (`dreambooth_data` gives the pictures); none: left out."""
+    word: str = "sks"
+    """What a person was called there,"""
+    phrase: str = "{word} {class}"
+    """with the class;"""
+    learned_phrase: str = "{word}"
+    """and where a learned word is all there is."""
 
 
 @lru_cache(maxsize=4)
@@ -215,7 +230,7 @@ def available(settings: Settings, ways: dict[str, Way]) -> dict[str, Way]:
 
 def _is_here(name: str) -> bool:
     try:
-        return bool(find_model(name, "IP-Adapter"))
+        return bool(name) and bool(find_model(name, "IP-Adapter"))
     except ModelError:
         return False
 
@@ -225,6 +240,8 @@ def _suite(
 ) -> Suite[Person]:
     chosen = available(settings, ways)
     reader = reader or theatre_reader()
+    tuned = _tuned(settings, n) if "dreambooth" in chosen else {}
+    networks = Networks()
 
     def case(number: int) -> Case[Person]:
         person = person_number(number)
@@ -238,7 +255,17 @@ def _suite(
         )
         looks: list[Image.Image] = [render(scene) for scene in person.scenes[:PICTURES]]
         specs: dict[str, Any] = {WORDS: drawn}
+        made: dict[str, Any] = {}
         for arm, way in chosen.items():
+            if way.aggregate is None:
+                adapter, who = tuned[person.name], person.scenes[0].puppets[0].identity.figure
+                words = subject_caption(person.scenes[-1], adapter.words(settings, who))
+                spec = drawn.model_copy(update={"prompt": words, "controls": adapter.controls(settings)})
+                if adapter.networks:
+                    made[arm] = networks.drawing(adapter, spec)
+                else:
+                    specs[arm] = spec
+                continue
             control = IPAdapter(
                 getattr(settings, way.weights),
                 [looks[: way.pictures]],
@@ -246,7 +273,8 @@ def _suite(
                 aggregate=way.aggregate,
             )
             specs[arm] = drawn.model_copy(update={"controls": [control]})
-        return Case(number, f"{person.name}: {caption}", person, specs, {TRUE: lambda: render(person.scenes[-1])})
+        known = {TRUE: lambda: render(person.scenes[-1])}
+        return Case(number, f"{person.name}: {caption}", person, specs, known, made)
 
     first = next((arm for arm in chosen if arm.startswith("attention")), next(iter(chosen)))
     if name == "people_numbers" and f"attention {PICTURES}" in chosen:
@@ -284,3 +312,22 @@ def _suite(
         reference=TRUE,
         world=WORLD_VERSION,
     )
+
+
+def dreambooth_data(number: int) -> tuple[str, list[Picture]]:
+    """Name of a person of the suite, and the nine pictures that are shown of them, captioned without their looks.
+
+    Captions hold ``{token}`` where the person's words go.
+    """
+    person = person_number(number)
+    return person.name, list(person.pictures("subject")[:PICTURES])
+
+
+def _tuned(settings: Settings, n: int) -> dict[str, Adapter]:
+    """Person -> what was learned of them.
+
+    Raises:
+        ModelError: it is missing of one of the cases.
+    """
+    names = [person_number(number).name for number in range(n)]
+    return {name: Adapter.at(Path(settings.dreambooth) / name) for name in names}

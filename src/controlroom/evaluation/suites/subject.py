@@ -14,7 +14,6 @@ looks in the adapter's picture of the class says what of it was forgotten.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,12 +22,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from pydantic import Field
 
-from controlroom.backbones.learned_words import load_words
-from controlroom.backbones.swapped_weights import read_weights, swapped
 from controlroom.controls.guidance.consistency_guidance import ConsistencyGuidance
-from controlroom.controls.personal.lora import LoRA
-from controlroom.controls.personal.textual_inversion import TextualInversion
-from controlroom.core.control import Control
 from controlroom.core.errors import InputError, ModelError
 from controlroom.core.spec import RunSpec
 from controlroom.data.subjects import named
@@ -38,6 +32,7 @@ from controlroom.data.theatre.vocabulary import WORLD_VERSION
 from controlroom.evaluation.extractor import content_hash, label_of
 from controlroom.evaluation.extractors.theatre import TheatreFeatures, theatre_reader
 from controlroom.evaluation.metrics.pixels import unit_pixels
+from controlroom.evaluation.suites.subject_adapters import Adapter, Networks
 from controlroom.evaluation.suites.suite import Arm, Case, Measure, Shown, Suite, SuiteSettings, Table, Values
 from controlroom.signals.readers import AttributeReader
 
@@ -50,7 +45,6 @@ DIVERSITY, DRIFT = "diversity", "class drift"
 AGAIN, CLASS = " again", " class"
 """Ends of arms: the same prompt from another noise; the class, drawn with the adapter."""
 _OTHER_NOISE = 500_000
-_NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 
 
 class Settings(SuiteSettings):
@@ -89,47 +83,6 @@ class Asked:
     prompt: SubjectPrompt
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """What a method learned of a subject, in a folder.
-
-    Attributes:
-        place: the folder.
-        lora, word: its files.
-        networks: whole networks in it.
-    """
-
-    place: Path
-    lora: Path | None
-    word: Path | None
-    networks: tuple[str, ...]
-
-    @classmethod
-    def at(cls, place: Path) -> Adapter:
-        """Raises ModelError: there is nothing that can be drawn with."""
-        place = place / "weights" if (place / "weights").is_dir() else place
-        lora, word = place / "lora.safetensors", place / "learned_word.safetensors"
-        networks = tuple(name for name in _NETWORKS if (place / name).is_dir())
-        found = cls(place, lora if lora.is_file() else None, word if word.is_file() else None, networks)
-        if not (found.lora or found.word or found.networks):
-            raise ModelError(
-                f"{place} holds no adapter: neither lora.safetensors nor learned_word.safetensors nor unet/. Train "
-                "one there (controlroom train), or leave the method out."
-            )
-        return found
-
-    def words(self, settings: Settings, class_words: str) -> str:
-        """What the subject is called."""
-        word = settings.word if self.word is None else load_words(self.word)[0].word
-        phrase = settings.learned_phrase if not (self.lora or self.networks) else settings.phrase
-        return phrase.replace("{word}", word).replace("{class}", class_words)
-
-    def controls(self, settings: Settings) -> list[Control]:
-        """What draws with it, beside whole networks."""
-        words = [] if self.word is None else [TextualInversion(str(self.word))]
-        return [*words, *([] if self.lora is None else [LoRA(str(self.lora), settings.scale)])]
-
-
 class SubjectJudge:
     """Shares of looks that are the subject's, and of what was asked."""
 
@@ -137,6 +90,7 @@ class SubjectJudge:
         self.reader, self.arms = reader, tuple(arms)
         label = f"theatre-attributes@{content_hash(reader)}"
         self.fingerprint = f"subject {label}"
+        self.label = label
         self.measures = (
             Measure(KEPT, extractor=label),
             Measure(FOLLOWED, extractor=label),
@@ -149,12 +103,15 @@ class SubjectJudge:
             answers = self.reader.read([one.pictures[arm] for one in shown])
             for row, one, read in zip(found, shown, answers, strict=True):
                 said = {question: answer for question, answer in read.items() if answer is not None}
-                kept, followed = score(one.case.truth.subject, one.case.truth.prompt, said)
-                if arm == OWN:  # another picture of the subject: only its looks can be right
-                    row[arm] = {KEPT: kept, FOLLOWED: None, BOTH: None}
-                else:
-                    row[arm] = {KEPT: kept, FOLLOWED: followed, BOTH: float(kept == followed == 1.0)}
+                row[arm] = self.judged(one.case.truth, arm, said)
         return found
+
+    def judged(self, asked: Asked, arm: str, said: Mapping[str, str]) -> dict[str, float | None]:
+        """Values of one picture of which the reader says this."""
+        kept, followed = score(asked.subject, asked.prompt, said)
+        if arm == OWN:  # another picture of the subject: only its looks can be right
+            return {KEPT: kept, FOLLOWED: None, BOTH: None}
+        return {KEPT: kept, FOLLOWED: followed, BOTH: float(kept == followed == 1.0)}
 
 
 class SpreadJudge:
@@ -213,15 +170,28 @@ def adapters_of(settings: Settings) -> tuple[dict[str, TheatreSubject], dict[str
     return {name: known[name] for name in names}, found
 
 
-def build(settings: Settings, n: int, reader: AttributeReader | None = None) -> Suite[Asked]:
+def build(
+    settings: Settings,
+    n: int,
+    reader: AttributeReader | None = None,
+    asks: Callable[[TheatreSubject], Sequence[SubjectPrompt]] | None = None,
+    judge: type[SubjectJudge] = SubjectJudge,
+) -> Suite[Asked]:
     """The suite of ``n`` prompts, subjects in turn.
+
+    Args:
+        settings: which adapters.
+        n: number of cases.
+        reader: of attributes; None: the theatre's.
+        asks: what is asked of a subject; None: the prompts of the theatre's DreamBench.
+        judge: of single pictures.
 
     Raises:
         InputError, ModelError: as `adapters_of`; the theatre's readers are not in this installation.
     """
     subjects, trained = adapters_of(settings)
     reader = reader or theatre_reader()
-    networks = _Networks()
+    networks = Networks()
     guided = {
         f"{method} w{scale:g}": (method, scale)
         for method in trained
@@ -233,7 +203,8 @@ def build(settings: Settings, n: int, reader: AttributeReader | None = None) -> 
         place = number % len(subjects)
         subject = list(subjects.values())[place]
         # Subjects begin at different prompts, so that few cases see many.
-        prompt = subject.prompts[(number // len(subjects) + 7 * place) % len(subject.prompts)]
+        prompts = subject.prompts if asks is None else asks(subject)
+        prompt = prompts[(number // len(subjects) + 7 * place) % len(prompts)]
         plain = named(prompt.text, subject.class_words)
         base = RunSpec(
             model=settings.model,
@@ -275,7 +246,7 @@ def build(settings: Settings, n: int, reader: AttributeReader | None = None) -> 
     titles |= {arm: f"{whose}, consistency guidance {scale:g}" for arm, (whose, scale) in guided.items()}
     titles |= {arm + AGAIN: f"{titles.get(arm, arm)}, other noise" for arm in (WORDS, *trained)}
     titles |= {arm + CLASS: f"{arm}, asked for the class" for arm in trained}
-    judges: list[Any] = [SubjectJudge(reader, [*arms, OWN])]
+    judges: list[Any] = [judge(reader, [*arms, OWN])]
     if settings.spread:
         judges.append(SpreadJudge(TheatreFeatures(reader), list(trained)))
     first = next(iter(methods), WORDS)
@@ -303,26 +274,3 @@ def build(settings: Settings, n: int, reader: AttributeReader | None = None) -> 
         weights=tuple(sorted({str(a.place) for by_subject in trained.values() for a in by_subject.values()})),
         world=WORLD_VERSION,
     )
-
-
-class _Networks:
-    """Draws with tuned networks; the weights last read are kept."""
-
-    def __init__(self) -> None:
-        self._held: tuple[Path, Mapping[str, Any]] | None = None
-
-    def drawing(self, adapter: Adapter, spec: RunSpec) -> Callable[[Pipeline], Image.Image]:
-        """What draws a run with the networks of an adapter."""
-
-        def draw(pipe: Pipeline) -> Image.Image:
-            parts = {name: getattr(pipe.backbone, name) for name in adapter.networks}
-            if self._held is None or self._held[0] != adapter.place:
-                self._held = None  # the others are let go first
-                read = {name: read_weights(adapter.place / name, part, name) for name, part in parts.items()}
-                self._held = adapter.place, read
-            with ExitStack() as stack:
-                for name, part in parts.items():
-                    stack.enter_context(swapped(part, self._held[1][name]))
-                return pipe.run(spec).images[0]
-
-        return draw

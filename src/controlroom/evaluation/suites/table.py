@@ -98,6 +98,11 @@ SUITES: dict[str, Entry] = {
     "people": Entry("one person from nine pictures, by maximum, average and self-attention", 300, f"{_HERE}.people"),
     "people_numbers": Entry("one person from 1, 2, 4 and 9 pictures", 200, f"{_HERE}.people", "build_numbers"),
     "subject": Entry("one subject: what adapters keep of it, and follow of the words", 300, f"{_HERE}.subject"),
+    "subject_views": Entry("one subject from views that words ask for", 300, f"{_HERE}.subject_views"),
+    "subject_style": Entry(
+        "LoRAs of a subject and of a style: alone, added, and merged into one", 200, f"{_HERE}.subject_style"
+    ),
+    "interpolation": Entry("from one person to another, share by share", 100, f"{_HERE}.interpolation"),
     "retarget": Entry("one puppet in the pose of another picture", 300, f"{_HERE}.retarget"),
 }
 
