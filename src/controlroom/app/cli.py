@@ -19,6 +19,7 @@ from controlroom.app.commands.controls import controls
 from controlroom.app.commands.convert import convert
 from controlroom.app.commands.direction import direction
 from controlroom.app.commands.edit import edit
+from controlroom.app.commands.enhance import enhance
 from controlroom.app.commands.evaluate import evaluate
 from controlroom.app.commands.explain import explain
 from controlroom.app.commands.generate import generate
@@ -45,6 +46,7 @@ app = typer.Typer(
 for _command in (
     generate,
     edit,
+    enhance,
     retarget,
     stylise,
     look,

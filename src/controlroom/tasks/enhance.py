@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from controlroom.controls.editing.imagic import Imagic
 from controlroom.controls.editing.upscale import Upscale
@@ -53,6 +53,15 @@ class EnhanceOptions(BaseModel):
     guidance_scale: float = 7.5
     scheduler: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _enlarges(self) -> Self:
+        # Found out here, not after the fit.
+        if int(self.num_inference_steps * self.upscale_strength) < 1:
+            raise ValueError(
+                f"upscale_strength {self.upscale_strength:g} leaves none of {self.num_inference_steps} steps; raise one"
+            )
+        return self
 
     def __init__(self, **options: Any) -> None:
         try:
