@@ -19,6 +19,7 @@ from controlroom.data.image_folder import image_folder
 from controlroom.data.pictures import ConditionedPicture, Picture
 from controlroom.signals.canny import Canny
 from controlroom.tasks.train import plan_training
+from controlroom.training.catalog import recipe_entry
 from controlroom.training.conditions import ConditionMaps
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipes.controlnet import ControlNetRecipe, ControlNetSettings
@@ -228,6 +229,16 @@ def test_a_table_names_conditions(tmp_path: Path) -> None:
         (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "conditioning_image": named}))
         with pytest.raises(InputError, match=said):
             image_folder(folder)
+
+
+def test_methods_that_need_more_than_a_folder_say_so() -> None:
+    for name, said in (
+        ("ms-diffusion", "MSDiffusionRecipe"),
+        ("blip_subject", "BLIPSubjectRecipe"),
+        ("imagic", "fit_imagic"),
+    ):
+        with pytest.raises(InputError, match=f"not trained from the command line.*{said}"):
+            recipe_entry(name)
 
 
 def test_networks_for_several_kinds_or_other_models_are_refused(tmp_path: Path) -> None:

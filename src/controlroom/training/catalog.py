@@ -125,6 +125,24 @@ RECIPES = (
         "folder in diffusers' layout for cr.ControlNet",
     ),
     RecipeEntry(
+        "t2i_adapter",
+        "t2i_adapter:T2IAdapterSettings",
+        "drawing along edges, depth, poses, ..., by a small network that reads nothing else",
+        "folder in diffusers' layout for cr.T2IAdapter",
+    ),
+    RecipeEntry(
+        "inpaint",
+        "inpaint:InpaintSettings",
+        "filling holes, in the whole UNet with five further channels: the mask, and what is around it",
+        "unet/ in diffusers' layout for cr.Inpaint",
+    ),
+    RecipeEntry(
+        "depth2img",
+        "depth2img:Depth2ImgSettings",
+        "drawing over a depth, in the whole UNet with one further channel",
+        "unet/ in diffusers' layout for cr.DepthToImage",
+    ),
+    RecipeEntry(
         "kosmos_language",
         "kosmos_g:KosmosLanguageSettings",
         "KOSMOS-G, stage 1: a language model on pictures and their captions",
@@ -157,16 +175,31 @@ RECIPES = (
 )
 
 
+_FROM_PYTHON = {
+    "ms_diffusion": "It learns from groups: pictures with a word, a box and another picture of each subject. Make them "
+    "as data.groups.Group and give them to training.recipes.ms_diffusion.MSDiffusionRecipe; unimo_g finds such groups "
+    "in a folder.",
+    "blip_subject": "It learns from groups: pictures with a word and another picture of each subject. Make them as "
+    "data.groups.Group and give them to training.recipes.blip_subject.BLIPSubjectRecipe; blip_diffusion goes on from "
+    "what it made, with a folder.",
+    "imagic": "It fits a single picture: fit_imagic(pipe, picture, prompt, folder), or controlroom edit with the "
+    "method imagic.",
+}
+"""Methods that are not trained from a folder of pictures, and what to do."""
+
+
 def recipe_entry(name: str) -> RecipeEntry:
     """The recipe of that name.
 
     Raises:
-        InputError: there is none; the message names the nearest.
+        InputError: there is none; the message names the nearest, or how the method is trained.
     """
     wanted = name.replace("-", "_").lower()
     for entry in RECIPES:
         if entry.name == wanted:
             return entry
+    if wanted in _FROM_PYTHON:
+        raise InputError(f"{wanted} is not trained from the command line. {_FROM_PYTHON[wanted]}")
     names = [entry.name for entry in RECIPES]
     near = difflib.get_close_matches(wanted, names, 1)
     hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(names)}."

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
+from controlroom.data.holes import brush_hole, random_box, with_margin
 from controlroom.data.theatre.paint import Part
 from controlroom.data.theatre.scene import CANVAS, Dice, Puppet, Scene
 from controlroom.data.theatre.truth import boxes, maps
@@ -34,8 +33,8 @@ def hole(scene: Scene, *key: object, size: int = CANVAS) -> NDArray[np.bool_]:
     elif kind == "box":
         found = _box(scene, dice, size)
     elif kind != "all":
-        found = _brush(dice, size)
-    return found if found.any() else _brush(dice, size)
+        found = brush_hole(dice, (size, size))
+    return found if found.any() else brush_hole(dice, (size, size))
 
 
 def garment_hole(scene: Scene, actor: int, garment: str, grow: int = 3, size: int = CANVAS) -> NDArray[np.bool_]:
@@ -63,31 +62,5 @@ def _box(scene: Scene, dice: Dice, size: int) -> NDArray[np.bool_]:
     """The box of an actor, or as often one anywhere."""
     there = [box for box in boxes(scene, size) if box is not None]
     margin = dice.between(0, 0.08) * size
-    if there and dice.chance(0.5):
-        left, top, right, bottom = dice.pick(there)
-    else:
-        width, height = (dice.between(0.2, 0.7) * size for _ in range(2))
-        left, top = dice.unit() * (size - width), dice.unit() * (size - height)
-        right, bottom = left + width, top + height
-    found = np.zeros((size, size), dtype=bool)
-    rows = slice(max(int(top - margin), 0), math.ceil(bottom + margin))
-    found[rows, max(int(left - margin), 0) : math.ceil(right + margin)] = True
-    return found
-
-
-def _brush(dice: Dice, size: int) -> NDArray[np.bool_]:
-    """One to four strokes of three to six bends."""
-    picture = Image.new("1", (size, size))
-    pen = ImageDraw.Draw(picture)
-    for _ in range(1 + int(dice.unit() * 4)):
-        x, y, turn = dice.unit() * size, dice.unit() * size, dice.unit() * 2 * math.pi
-        radius = dice.between(0.04, 0.12) * size
-        for _ in range(3 + int(dice.unit() * 4)):
-            turn += dice.between(-1.3, 1.3)
-            length = dice.between(0.1, 0.35) * size
-            ahead = (min(max(x + length * math.cos(turn), 0), size), min(max(y + length * math.sin(turn), 0), size))
-            pen.line([(x, y), ahead], fill=1, width=max(1, round(2 * radius)))
-            for cx, cy in ((x, y), ahead):
-                pen.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=1)
-            x, y = ahead
-    return np.array(picture)
+    of_actor = bool(there) and dice.chance(0.5)
+    return with_margin(dice.pick(there) if of_actor else random_box(dice, (size, size)), margin, (size, size))
