@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from controlroom.core.errors import InputError, OutputError
+from controlroom.core.errors import InputError, ModelError, OutputError
 from controlroom.training import checkpoint as module
 from controlroom.training.checkpoint import (
     ResumeError,
@@ -156,4 +156,7 @@ def test_stamp_changes_the_header_only(tmp_path: Path) -> None:
         samples_seen(tmp_path / "absent")
     (tmp_path / "x" / "m.safetensors").write_bytes(os.urandom(3))
     with pytest.raises(InputError, match="not a safetensors file"):
+        samples_seen(tmp_path)
+    (tmp_path / "y" / "m.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="m.bin' is a pickle"):
         samples_seen(tmp_path)

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from controlroom.backbones.model_files import PICKLES, pickle_refused
 from controlroom.core.errors import InputError, OutputError
 from controlroom.training.checkpoint import sync
 from controlroom.training.recipe import Recipe
@@ -64,8 +65,13 @@ def stamp(path: Path, metadata: Mapping[str, str]) -> None:
 def samples_seen(folder: Path) -> int:
     """Samples that exported weights have seen: the largest `samples` in the folder's safetensors files.
 
-    Raises InputError if the folder has no safetensors file; files without the entry count as 0.
+    Raises InputError if the folder has no safetensors file, ModelError for a pickle among its files, which a loader might
+    open; files without the entry count as 0.
     """
+    if folder.is_dir():
+        pickle = next((file for file in sorted(folder.rglob("*")) if file.suffix.lower() in PICKLES), None)
+        if pickle is not None:
+            raise pickle_refused(str(pickle), "network")
     paths = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
     if not paths:
         raise InputError(f"{folder} holds no safetensors file; start_from expects a folder of exported weights.")

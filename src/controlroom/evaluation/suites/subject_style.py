@@ -87,8 +87,8 @@ class StyledJudge(SubjectJudge):
         found = [dict(row) for row in super().__call__(shown)]
         for row, one in zip(found, shown, strict=True):
             if MERGED in one.pictures:
-                both = (unit_pixels([one.pictures[arm]]) for arm in (MERGED, ADDED))
-                row[MERGED] = {**row[MERGED], SAME: min(float(psnr(*both)), CEILING)}
+                merged, added = (unit_pixels([one.pictures[arm]]) for arm in (MERGED, ADDED))
+                row[MERGED] = {**row[MERGED], SAME: min(float(psnr(merged, added)), CEILING)}
         return found
 
 
