@@ -65,8 +65,11 @@ def stamp(path: Path, metadata: Mapping[str, str]) -> None:
 def samples_seen(folder: Path) -> int:
     """Samples that exported weights have seen: the largest `samples` in the folder's safetensors files.
 
-    Raises InputError if the folder has no safetensors file, ModelError for a pickle among its files, which a loader might
-    open; files without the entry count as 0.
+    Files without the entry count as 0.
+
+    Raises:
+        InputError: the folder has no safetensors file.
+        ModelError: it holds a pickle, which a loader might open.
     """
     if folder.is_dir():
         pickle = next((file for file in sorted(folder.rglob("*")) if file.suffix.lower() in PICKLES), None)
