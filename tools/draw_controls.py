@@ -290,21 +290,12 @@ def lora(draw: Artist) -> Panels:
     return [("without", draw(words)), ("scale 0.5", draw(words, half)), ("with", draw(words, learned))]
 
 
-def consistency_guidance(draw: Artist) -> Panels:
-    learned, words = red_is_blue(draw), "a woman wearing a red shirt, on the beach"
-    plain = "a woman on the beach"
-    panels = [("LoRA, without", draw(words, learned))]
-    for scale in (1.0, 5.0):
-        panels.append((f"subject_scale={scale:g}", draw(words, learned, cr.ConsistencyGuidance(plain, scale))))
-    return panels
-
-
 DRAWN: tuple[Callable[[Artist], Panels], ...] = (
     *(attend_and_excite, guidance_interval, guidance_rescale, perp_neg, perturbed_attention_guidance),
     *(prompt_weighting, self_attention_guidance, self_guidance, semantic_guidance, smoothed_energy_guidance),
     *(image_to_image, inversion, masactrl, pix2pix_zero, prompt_to_prompt, upscale),
     *(appearance, ip_adapter, reference_only, ctrl_x, cross_image_attention, style_aligned),
-    *(regional_prompts, textual_inversion, lora, consistency_guidance),
+    *(regional_prompts, textual_inversion, lora),
 )
 
 
