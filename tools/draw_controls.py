@@ -233,7 +233,7 @@ def style_aligned(draw: Artist) -> Panels:
 
 
 def regional_prompts(draw: Artist) -> Panels:
-    control = cr.RegionalPrompts(["a green cat", "a red ball"], ratios="1,1", base_ratio=0.3)
+    control = cr.RegionalPrompts(("a green cat", "a red ball"), ratios="1,1", base_ratio=0.3)
     return draw.both("a green cat and a red ball", control)
 
 
