@@ -291,5 +291,7 @@ ENTRIES: tuple[System, ...] = (
         no_neutral="the run keeps a given picture outside of the mask",
         proof="parity with diffusers' StableDiffusionInpaintPipeline and StableDiffusionXLInpaintPipeline, with nine "
         "channels and with four",
+        effect="n=48: change made in 93.8 % [83.2, 97.9] with nine channels (85.4 with four), outside 28.3 dB pasted, "
+        "21.7 not (26.1)",
     ),
 )

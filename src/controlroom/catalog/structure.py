@@ -122,6 +122,8 @@ ENTRIES: tuple[System, ...] = (
         status="working",
         no_neutral="its checkpoint has five input channels and needs the depth",
         proof="parity with diffusers' StableDiffusionDepth2ImgPipeline",
+        effect="n=48: depth kept 0.874 [0.866, 0.882] (rank correlation; without it 0.750), the change made in 93.8 % "
+        "[83.2, 97.9]",
     ),
     System(
         number=32,
