@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,18 +113,24 @@ def pages_of(paths: list[Path]) -> list[Path]:
     return [page for path in paths for page in (sorted(path.rglob("*.md")) if path.is_dir() else [path])]
 
 
+def checked(page: Path) -> str | None:
+    """What is wrong with a page; None: nothing."""
+    return check_page(page) if page.is_file() else f"{page}: there is no such file"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Check all pages; 0 when every snippet ran, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("paths", type=Path, nargs="+", help="Markdown files, or folders of them")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="pages at once (default: all cores)")
     options = parser.parse_args(arguments)
     failed = 0
     pages = pages_of(options.paths)
-    for page in pages:
-        problem = check_page(page) if page.is_file() else f"{page}: there is no such file"
-        if problem:
-            failed += 1
-            print(problem, file=sys.stderr)
+    with ThreadPoolExecutor(max(options.jobs, 1)) as pool:
+        for problem in pool.map(checked, pages):
+            if problem:
+                failed += 1
+                print(problem, file=sys.stderr)
     print(f"snippets: {len(pages)} pages, {failed} with a snippet that fails")
     return 1 if failed or not pages else 0
 
