@@ -450,14 +450,14 @@ def test_every_pair_runs_or_names_both(first: str, second: str, stage: Stage) ->
     labels = [type(control).__name__ for control in controls]
     if first == second:
         labels = [f"{labels[0]} 1", f"{labels[0]} 2"]
+    refusals = 0
     for pair in (controls, controls[::-1]):
         try:
             result = stage.draw(*pair)
         except ConflictError as error:
             assert all(label in str(error) for label in labels), str(error)
-            assert refused(first, second), "a pair that the catalogue does not name"
+            refusals += 1
             continue
-        assert refused(first, second) is None, "the catalogue says that they are refused"
         assert torch.isfinite(result.images).all()
         needed = [control for control in pair if control.type in CHANNELS]
         singles = [stage.alone(control.type) for control in needed or pair]
@@ -465,3 +465,5 @@ def test_every_pair_runs_or_names_both(first: str, second: str, stage: Stage) ->
             continue  # a word told twice is the word
         # Both act: together they are neither of them alone.
         assert all(not torch.equal(result.images, single) for single in singles)
+    # One order is enough: BLIPDiffusion's prompt can be read by PhotoMaker, but not the other way round.
+    assert (refusals > 0) == (refused(first, second) is not None)

@@ -39,6 +39,7 @@ REFUSED: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         (*_TOLD, *_WORDS, "photomaker", "pix2pix_zero", "textual_inversion"),
     ),
     ("both change the same words' states", _WORDS, _WORDS),
+    ("each reads the prompt in a way of its own", ("blip_diffusion",), ("photomaker",)),
     ("both say which picture's keys are read", _LAYOUT, ("masactrl", "prompt_to_prompt")),
     (
         "windows read nothing of a whole picture beside",

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from controlroom.core.control import describe
 from controlroom.core.errors import InputError
 from controlroom.training.catalog import RecipeEntry, recipe_entry
+from controlroom.training.held_out import nothing_held_out
 from controlroom.training.recipe_settings import EncodedSettings, RecipeSettings, ValidatedSettings
 from controlroom.training.settings import TrainSettings
 
@@ -57,6 +58,10 @@ class TrainingPlan:
         settings = self.settings
         if rehearsal and isinstance(settings, EncodedSettings):
             settings = settings.model_copy(update={"cache": None})
+        # Before anything is encoded into the run's folder.
+        every = self.loop.validate_every
+        if isinstance(settings, EncodedSettings) and not settings.holds_out and every is not None:
+            raise nothing_held_out(self.entry.name, every)
         pictures = settings.read(self.data)
         pipe: Any = None
         if settings.needs_model:

@@ -43,7 +43,13 @@ def check_measures_itself(recipe: Recipe[Any], validate_every: int | None) -> No
     if not isinstance(recipe, Validates):
         raise InputError(f"{asked} cannot measure itself. Leave validate_every out.")
     if isinstance(recipe, HoldsOut) and not recipe.has_held_out:
-        raise InputError(
-            f"{asked} was given nothing to measure itself on. Give its setting validation (a folder like that of the "
-            "training), or held-out data from Python, or leave validate_every out."
-        )
+        raise nothing_held_out(recipe.name, validate_every)
+
+
+def nothing_held_out(recipe: str, validate_every: int) -> InputError:
+    """The error of a recipe that is asked for validations and was given nothing for them."""
+    return InputError(
+        f"validate_every is {validate_every}, but recipe {recipe!r} was given nothing to measure itself on. Give its "
+        "setting validation (a folder like that of the training), or held-out data from Python, or leave "
+        "validate_every out."
+    )

@@ -417,7 +417,7 @@ def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
         (lambda: Region("a dog", (0.0, 0.0, 1.5, 1.0)), "between 0 and 1"),
         (lambda: Region("a dog", (0.0, 0.0, 0.01, 1.0)), "Region 1 .*is empty"),
         (lambda: Region("a dog", mask=Image.new("L", (8, 8), 0)), "black all over"),
-        (lambda: Region("a dog", mask=Image.new("L", (8, 8), 100)), "Region 1 .*is empty"),
+        (lambda: Region("a dog", mask=Image.new("L", (16, 8), 100)), "Region 1 .*is empty"),
         (lambda: Region("a dog", mask="nowhere.png"), "nowhere.png"),
     ],
 )
