@@ -14,16 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import controlroom as cr
 from controlroom.controls.personal.lora import LoRA
+from controlroom.data.theatre.captions import full_caption
+from controlroom.data.theatre.conditions import condition
 from controlroom.data.theatre.edits import sample_edit
 from controlroom.data.theatre.render import render
 from controlroom.evaluation.retarget_methods import pose_of
 from controlroom.evaluation.suites.ctrl_x import Settings as CtrlXLayers
 from controlroom.evaluation.suites.ctrl_x import two_number
+from controlroom.evaluation.suites.inpaint import mask_of
 
 PUPPET = "a woman with red hair wearing a green sweater, waving, in the city"
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "pictures" / "controls"
@@ -35,8 +39,8 @@ Panels: TypeAlias = "list[tuple[str, Image.Image]]"
 class Artist:
     """The theatre's model, with the settings that all pictures share."""
 
-    def __init__(self) -> None:
-        self.pipe = cr.Pipeline.from_pretrained("theatre")
+    def __init__(self, model: str = "theatre") -> None:
+        self.pipe = cr.Pipeline.from_pretrained(model)
         self.plain: dict[str, Image.Image] = {}
 
     def run(self, words: str | list[str], *controls: cr.Control, **settings: Any) -> cr.RunResult:
@@ -128,6 +132,23 @@ def image_to_image(draw: Artist) -> Panels:
     given = render(sample_edit(0, "held_out", "place").before)
     words = "a woman on the beach at night"
     return [("given", given), *draw.both(words, cr.ImageToImage(given, strength=0.7))]
+
+
+def inpaint(draw: Artist) -> Panels:
+    edit = sample_edit(0, "held_out", "top colour")
+    given, hole = render(edit.before), mask_of(edit, 2)
+    shown = Image.fromarray(np.where(hole[..., None], 255, np.asarray(given)).astype(np.uint8))
+    control, words = cr.Inpaint(given, hole.astype(float)), full_caption(edit.after)
+    nine = Artist("theatre/inpaint")(words, control)
+    return [("given", given), ("masked", shown), ("four channels", draw(words, control)), ("nine channels", nine)]
+
+
+def depth_to_image(draw: Artist) -> Panels:
+    edit = sample_edit(0, "held_out", "place")
+    given, words = render(edit.before), full_caption(edit.after)
+    depth = np.asarray(condition(edit.before, "depth").values)
+    with_depth = Artist("theatre/depth2img")(words, cr.DepthToImage(given, depth, strength=0.9))
+    return [("given", given), ("without", draw(words, cr.ImageToImage(given, strength=0.9))), ("with", with_depth)]
 
 
 def inversion(draw: Artist) -> Panels:
@@ -293,7 +314,7 @@ def lora(draw: Artist) -> Panels:
 DRAWN: tuple[Callable[[Artist], Panels], ...] = (
     *(attend_and_excite, guidance_interval, guidance_rescale, perp_neg, perturbed_attention_guidance),
     *(prompt_weighting, self_attention_guidance, self_guidance, semantic_guidance, smoothed_energy_guidance),
-    *(image_to_image, inversion, masactrl, pix2pix_zero, prompt_to_prompt, upscale),
+    *(depth_to_image, image_to_image, inpaint, inversion, masactrl, pix2pix_zero, prompt_to_prompt, upscale),
     *(appearance, ip_adapter, reference_only, ctrl_x, cross_image_attention, style_aligned),
     *(regional_prompts, textual_inversion, lora),
 )
