@@ -19,6 +19,8 @@ from controlroom.backbones.loading import find_model
 from controlroom.core.branch import Condition
 from controlroom.core.control import Control, Residuals
 from controlroom.core.errors import ModelError
+from controlroom.data.pictures import Picture
+from controlroom.sampling.pipeline import Pipeline
 from controlroom.signals.signal import Kind
 from controlroom.training.base_model import BaseModel
 from controlroom.training.buckets import BucketOrder
@@ -26,7 +28,7 @@ from controlroom.training.conditions import ConditionMaps, Places, Row
 from controlroom.training.held_out import mean_over
 from controlroom.training.objective import Noised, Objective
 from controlroom.training.randomness import StepRandom
-from controlroom.training.recipe import Losses
+from controlroom.training.recipe import Losses, Recipe
 from controlroom.training.shown import Shown, ShownBatch
 from controlroom.training.shown_recipe import ShownSettings, without_words
 
@@ -42,6 +44,14 @@ class ConditionedSettings(ShownSettings):
     """Whether pictures keep their shape, each batch of one; otherwise the middle of ``size`` is cut out."""
     seed: int = Field(default=0, ge=0)
     """Of new layers' weights."""
+
+    def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path | None) -> Recipe[Any]:
+        """As every recipe's; without a folder no condition is kept on disk."""
+        raise NotImplementedError
+
+    def rehearsal(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> Recipe[Any]:
+        """A look at what a training would need writes nothing."""
+        return self.build(pipe, pictures, None)
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,6 @@ class ControlNetSettings(SideSettings):
         shown, held_out = self.shown(base, pictures, self.prompt, buckets=self.buckets)
         return ControlNetRecipe(base, shown, self, self.conditions(folder), held_out)
 
-    def rehearsal(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> ControlNetRecipe:
-        return self.build(pipe, pictures, None)
-
 
 class ControlNetRecipe(SideRecipe[ControlNetSettings]):
     """Recipe: one condition of each picture into the frozen UNet.

@@ -37,9 +37,6 @@ class Depth2ImgSettings(ChannelSettings):
         shown, held_out = self.shown(base, pictures, self.prompt, buckets=self.buckets)
         return Depth2ImgRecipe(base, shown, self, ConditionMaps(folder, "depth", self.signal_model), held_out)
 
-    def rehearsal(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> Depth2ImgRecipe:
-        return self.build(pipe, pictures, None)
-
 
 class Depth2ImgRecipe(ChannelRecipe[Depth2ImgSettings]):
     """Recipe: pictures out of their words and their depth. Exported is ``unet`` for `cr.DepthToImage`.

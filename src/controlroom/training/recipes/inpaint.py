@@ -30,7 +30,7 @@ from controlroom.training.shown import Shown
 class InpaintSettings(ChannelSettings):
     """How a model learns to fill holes."""
 
-    def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> InpaintRecipe:
+    def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path | None) -> InpaintRecipe:
         base = self.networks(pipe, (UNET,))
         shown, held_out = self.shown(base, pictures, self.prompt, buckets=self.buckets)
         return InpaintRecipe(base, shown, self, held_out)

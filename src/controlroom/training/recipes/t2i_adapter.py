@@ -41,9 +41,6 @@ class T2IAdapterSettings(SideSettings):
         shown, held_out = self.shown(base, pictures, self.prompt, buckets=self.buckets)
         return T2IAdapterRecipe(base, shown, self, self.conditions(folder), held_out)
 
-    def rehearsal(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> T2IAdapterRecipe:
-        return self.build(pipe, pictures, None)
-
 
 class T2IAdapterRecipe(SideRecipe[T2IAdapterSettings]):
     """Recipe: one condition of each picture into the frozen UNet, through an adapter.
