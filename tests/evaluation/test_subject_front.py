@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from controlroom.backbones import loading
 from controlroom.core.errors import InputError
 from controlroom.evaluation import subject_front, tradeoff
-from controlroom.evaluation.subject_front import METHODS, Method, make_front, subject_of
+from controlroom.evaluation.subject_front import METHODS, Learned, Method, make_front, subject_of
 from controlroom.evaluation.suites import subject
 from controlroom.evaluation.suites.report import Cell, Report, Row
 from controlroom.training import loop as training_loop
@@ -89,7 +89,8 @@ def test_methods_are_called_as_the_suite_will_call_them() -> None:
     for name, method in METHODS.items():
         settings = method.settings(who.class_words)
         words = "<subject>" if name == "textual_inversion" else f"sks {who.class_words}"
-        assert all(f" {words}" in picture.caption for picture in subject_front._captioned(who, name))
+        learned = Learned(who.name, who.class_words, who.subject().pictures, Path("a"), Path("a"))
+        assert all(f" {words}" in picture.caption for picture in learned.captioned(name, "sks"))
         assert settings.loop and method.rate > 0
     with pytest.raises(InputError, match="how many steps"):
         make_front((), Path("nowhere"), 1)

@@ -24,6 +24,7 @@ from controlroom.data.subjects import named
 from controlroom.data.theatre.subjects import TheatreSubject, theatre_subjects
 
 if TYPE_CHECKING:
+    from controlroom.data.pictures import Picture
     from controlroom.evaluation.suites.report import Report
     from controlroom.sampling.pipeline import Pipeline
     from controlroom.training.recipe_settings import RecipeSettings
@@ -90,12 +91,42 @@ def subject_of(name: str | None, puppets: int, props: int) -> TheatreSubject:
     return known[name] if name is not None else next(iter(known.values()))
 
 
+@dataclass(frozen=True)
+class Learned:
+    """Who or what is learned.
+
+    Attributes:
+        name: of the folder for what was learned.
+        class_words: what it is one of: "woman".
+        pictures: of it; captions say ``{token}`` where its words go.
+        folder: for its trainings.
+        class_folder: for pictures of the class, which several subjects may share.
+    """
+
+    name: str
+    class_words: str
+    pictures: Sequence[Picture]
+    folder: Path
+    class_folder: Path
+
+    def captioned(self, method: str, word: str) -> list[Picture]:
+        """Its pictures, captioned as it will be asked for: "<subject>" where a word is learned, or "sks woman"."""
+        words = LEARNED if method == "textual_inversion" else f"{word} {self.class_words}"
+        return [replace(one, caption=named(one.caption, words)) for one in self.pictures]
+
+
 def train_over_steps(
-    pipe: Pipeline, subject: TheatreSubject, name: str, method: Method, steps: Sequence[int], work: Path
+    pipe: Pipeline, learned: Learned, name: str, method: Method, kept: Mapping[int, Path], word: str = WORD
 ) -> None:
     """Train a method on a subject, and keep what it has learned at each number of steps.
 
-    ``work/adapters/NAME-STEPS/SUBJECT`` is what the suite reads; ``work/training`` is where a stopped call goes on.
+    Args:
+        pipe: the untrained model.
+        learned: the subject; a stopped call goes on in its folder.
+        name: of the method.
+        method: how it learns.
+        kept: steps -> folder for what was learned by then.
+        word: rare word for the subject, where none is learned.
 
     Raises:
         UnfinishedError: stopped by SIGTERM or Ctrl-C; the same call goes on.
@@ -104,36 +135,27 @@ def train_over_steps(
     from controlroom.training.recipes.imagic import UnfinishedError
     from controlroom.training.settings import TrainSettings
 
-    kept = {step: work / "adapters" / f"{name}-{step}" / subject.name for step in sorted(set(steps))}
-    if all(place.is_dir() for place in kept.values()):
-        return
-    settings, folder = method.settings(subject.class_words), work / "training" / subject.name
-    pictures = _captioned(subject, name)
-    for step, place in kept.items():
+    settings = method.settings(learned.class_words)
+    pictures = learned.captioned(name, word)
+    for step, place in sorted(kept.items()):
         if place.is_dir():
             continue
         loop = TrainSettings(
-            output_dir=folder / name,
+            output_dir=learned.folder / name,
             total_steps=step,
             batch_size=method.batch,
             learning_rate=method.rate,
             keep_checkpoints=1,
             log_every=20,
         )
-        result = train(settings.build(pipe, pictures, folder), loop)
+        result = train(settings.build(pipe, pictures, learned.class_folder), loop)
         if not result.finished:
             raise UnfinishedError(f"{name} was stopped ({result.reason}) at step {result.step}. Run it again.")
         beside = place.with_name(f".{place.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         shutil.copytree(result.weights, beside)
         beside.rename(place)
-        print(f"{name}: {step} steps", flush=True)
-
-
-def _captioned(subject: TheatreSubject, name: str) -> list[Any]:
-    """Its pictures, captioned as the suite will ask for it: "<subject>", or "sks woman"."""
-    words = LEARNED if name == "textual_inversion" else f"{WORD} {subject.class_words}"
-    return [replace(one, caption=named(one.caption, words)) for one in subject.subject().pictures]
+        print(f"{learned.name}, {name}: {step} steps", flush=True)
 
 
 def measure(subject: TheatreSubject, names: Sequence[str], n: int, work: Path, more: Mapping[str, Any]) -> Report:
@@ -185,8 +207,12 @@ def make_front(
     asked = Settings(**more)
     subject = subject_of(name, asked.puppets, asked.props)
     pipe = Pipeline.from_pretrained(asked.model)
+    folder = work / "training" / subject.name
+    learned = Learned(subject.name, subject.class_words, subject.subject().pictures, folder, folder)
     for method, how in methods.items():
-        train_over_steps(pipe, subject, method, how, steps, work)
+        # What the suite reads.
+        kept = {step: work / "adapters" / f"{method}-{step}" / subject.name for step in sorted(set(steps))}
+        train_over_steps(pipe, learned, method, how, kept)
     names = [f"{method}-{step}" for method in methods for step in sorted(set(steps))]
     return measure(subject, names, n, work, more)
 

@@ -60,10 +60,10 @@ SUITES: dict[str, Entry] = {
         "several edits at once by several methods in one run, and by each alone", 200, f"{_HERE}.combined"
     ),
     "prompt_to_prompt_real": Entry(
-        "one colour word swapped in true pictures, through two inversions", 100, f"{_HERE}.prompt_to_prompt_real"
+        "one colour word swapped in true pictures, through two inversions", 200, f"{_HERE}.prompt_to_prompt_real"
     ),
     "pix2pix_zero_real": Entry(
-        "one colour of true pictures changed along a direction", 100, f"{_HERE}.pix2pix_zero_real"
+        "one colour of true pictures changed along a direction", 200, f"{_HERE}.pix2pix_zero_real"
     ),
     "upscale": Entry("small pictures enlarged, beside scenes rendered large", 200, f"{_HERE}.upscale"),
     "instruct_pix2pix": Entry("instructions on true pictures", 200, f"{_HERE}.instruct_pix2pix"),
