@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from controlroom.core.errors import InputError
 from controlroom.data.json_lines import json_lines, text_field
-from controlroom.data.picture_files import existing_folder, inside, picture_of
+from controlroom.data.picture_files import existing_folder, file_in, picture_of
 from controlroom.data.pictures import Picture
 
 METADATA = "metadata.jsonl"
@@ -46,7 +45,8 @@ def edited_pictures(path: str | os.PathLike[str]) -> tuple[EditedPicture, ...]:
         )
     found: list[EditedPicture] = []
     for where, row in json_lines(table):
-        before, after = (_picture(root, text_field(row, side, where), where) for side in ("before", "after"))
+        files = [file_in(root, text_field(row, side, where), where) for side in ("before", "after")]
+        before, after = (picture_of(file, root) for file in files)
         if before.size != after.size:
             raise InputError(
                 f"{where}: {before.name} is {before.size[0]} x {before.size[1]}, {after.name} {after.size[0]} x "
@@ -58,10 +58,3 @@ def edited_pictures(path: str | os.PathLike[str]) -> tuple[EditedPicture, ...]:
     if not found:
         raise InputError(f"{str(table)!r} lists nothing.")
     return tuple(found)
-
-
-def _picture(root: Path, named: str, where: str) -> Picture:
-    path = inside(root, named, where)
-    if not path.is_file():
-        raise InputError(f"{where} names {named!r}, which is not in {str(root)!r}.")
-    return picture_of(path, root)

@@ -23,7 +23,7 @@ from controlroom.data.picture_files import (
     SUFFIXES,
     caption_beside,
     existing_folder,
-    inside,
+    file_in,
     is_picture_file,
     mask_of,
     note_of_copies,
@@ -109,24 +109,15 @@ def _listed(table: Path, root: Path, notes: list[str]) -> Iterator[Picture]:
         named = row.text("file_name")
         if named is None:
             raise InputError(f"{row.where} has no 'file_name'; expected the name of a picture in {str(folder)!r}.")
-        path = inside(folder, named, row.where)
+        path = file_in(folder, named, row.where)
         if path in seen:
             raise InputError(f"{row.where} names {named!r}, which {seen[path]} names already. Remove one of them.")
         seen[path] = row.where
-        if not path.is_file():
-            raise InputError(f"{row.where} names {named!r}, which is not in {str(folder)!r}.")
         mask = row.text("mask")
-        masked = mask_of(path, root) if mask is None else inside(folder, mask, row.where)
-        if masked is not None:
-            others.add(masked)
-            if not masked.is_file():
-                raise InputError(f"{row.where} names the mask {mask!r}, which is not in {str(folder)!r}.")
+        masked = mask_of(path, root) if mask is None else file_in(folder, mask, row.where, "mask")
         shown = row.text(_CONDITION)
-        condition = None if shown is None else inside(folder, shown, row.where)
-        if condition is not None:
-            others.add(condition)
-            if not condition.is_file():
-                raise InputError(f"{row.where} names the {_CONDITION} {shown!r}, which is not in {str(folder)!r}.")
+        condition = None if shown is None else file_in(folder, shown, row.where, _CONDITION)
+        others.update(file for file in (masked, condition) if file is not None)
         caption = row.text("text")
         caption = (caption_beside(path, CAPTION_ENDINGS) or "") if caption is None else " ".join(caption.split())
         ignored.update(name for name in row.fields if name not in _KNOWN)

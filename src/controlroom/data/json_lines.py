@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from controlroom.core.errors import InputError
 from controlroom.data.picture_files import text_of
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, however long or deep it is."""
+    return _SHORT.repr(value)
 
 
 def json_lines(path: Path, fields: str = "fields") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -42,5 +51,5 @@ def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
     """
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: {name!r} is {'missing' if value is None else repr(value)[:80]}; expected text.")
+        raise InputError(f"{where}: {name!r} is {'missing' if value is None else shown(value)}; expected text.")
     return value

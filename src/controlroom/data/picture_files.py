@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -116,9 +116,8 @@ def picture_of(
     size, content = upright_size(path), hash_of(path)
     read_mask = None
     if mask is not None:
-        _same_shape("mask", mask, upright_size(mask), path, size)
+        read_mask = mask_reader(mask, path, size)
         content = hashlib.sha256(f"{content} {hash_of(mask)}".encode()).hexdigest()
-        read_mask = partial(_read_mask, mask, size)
     name = path.relative_to(root).as_posix()
     return Picture(name, content, size, partial(load_image, path), caption, read_mask, repeats, subject)
 
@@ -134,6 +133,16 @@ def with_condition(picture: Picture, path: Path, condition: Path, root: Path) ->
     content = hashlib.sha256(f"{picture.content} along {found.content}".encode()).hexdigest()
     fields = {each.name: getattr(picture, each.name) for each in dataclasses.fields(picture)}
     return ConditionedPicture(**{**fields, "content": content}, condition=found)
+
+
+def mask_reader(mask: Path, path: Path, size: tuple[int, int]) -> Callable[[], Image.Image]:
+    """What decodes a mask for the picture in the file ``path``, of its upright ``size``.
+
+    Raises:
+        InputError: the mask is no picture that can be read, or has another shape.
+    """
+    _same_shape("mask", mask, upright_size(mask), path, size)
+    return partial(_read_mask, mask, size)
 
 
 def _same_shape(what: str, file: Path, found: tuple[int, int], path: Path, size: tuple[int, int]) -> None:
@@ -199,6 +208,24 @@ def inside(root: Path, named: str, where: str) -> Path:
     except (OSError, ValueError) as error:  # too long, or a character that no path has
         raise InputError(f"{where} names {named[:80]!r}, which cannot be a path ({error}).") from None
     return root / path
+
+
+def file_in(root: Path, named: str, where: str, what: str = "") -> Path:
+    """The file that a table names, relative to a folder; it is there.
+
+    Args:
+        root: the folder.
+        named: the path in the table.
+        where: file and line of the table, for messages.
+        what: what is named, for messages.
+
+    Raises:
+        InputError: as `inside`, or there is no such file.
+    """
+    path = inside(root, named, where)
+    if not path.is_file():
+        raise InputError(f"{where} names {f'the {what} ' if what else ''}{named!r}, which is not in {str(root)!r}.")
+    return path
 
 
 def twice(pictures: Sequence[Picture]) -> Iterator[tuple[str, str]]:
