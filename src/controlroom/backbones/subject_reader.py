@@ -143,6 +143,12 @@ POSITION = 2
 """Where the subject stands in the prompt: behind the start and the article."""
 
 
+def with_subject_first(prompt: str, name: str) -> str:
+    """The prompt with "a" and the subject's name before it, unless it begins so."""
+    words, start = prompt.strip(), f"a {name}"
+    return words if words == start or words.startswith(f"{start} ") else f"{start} {words}".strip()
+
+
 def ids_with_room(tokenizer: Any, prompts: Sequence[str], count: int) -> Tensor:
     """[rows, 77] token ids with ``count`` start tokens at `POSITION`, whose embeddings are to be replaced."""
     texts = [expand_learned_words(str(prompt), tokenizer) for prompt in prompts]

@@ -95,6 +95,18 @@ RECIPES = (
         "folder for cr.BLIPDiffusion",
     ),
     RecipeEntry(
+        "blip_subject",
+        "blip_subject:BLIPSubjectSettings",
+        "a subject encoder, from pictures of subjects and other pictures of each, through the frozen network",
+        "folder for cr.BLIPDiffusion, and for blip_diffusion",
+    ),
+    RecipeEntry(
+        "ms_diffusion",
+        "ms_diffusion:MSDiffusionSettings",
+        "several subjects in boxes, from pictures of them and other pictures of each, beside the frozen network",
+        "folder for cr.MSDiffusion",
+    ),
+    RecipeEntry(
         "ddpm",
         "ddpm:DDPMSettings",
         "a network of pixels from nothing, on pictures without words; the smallest example",
@@ -176,12 +188,6 @@ RECIPES = (
 
 
 _FROM_PYTHON = {
-    "ms_diffusion": "It learns from groups: pictures with a word, a box and another picture of each subject. Make them "
-    "as data.groups.Group and give them to training.recipes.ms_diffusion.MSDiffusionRecipe; unimo_g finds such groups "
-    "in a folder.",
-    "blip_subject": "It learns from groups: pictures with a word and another picture of each subject. Make them as "
-    "data.groups.Group and give them to training.recipes.blip_subject.BLIPSubjectRecipe; blip_diffusion goes on from "
-    "what it made, with a folder.",
     "imagic": "It fits a single picture: fit_imagic(pipe, picture, prompt, folder), or controlroom edit with the "
     "method imagic.",
 }

@@ -8,12 +8,37 @@ x' = ((x + 1) / 2 - mean) / std. The difference is affine, so it goes into the w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from controlroom.backbones.image_encoder import load_image_encoder
+from controlroom.backbones.loading import THEATRE, find_model
+from controlroom.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from controlroom.sampling.pipeline import Pipeline
+
+
+def image_encoder_for(pipe: Pipeline, folder: str | None, reader: str) -> Any:
+    """The image encoder in a folder; None: that of the theatre, for its own model.
+
+    Args:
+        pipe: the model that is trained on.
+        folder: of a `CLIPVisionModelWithProjection`.
+        reader: what reads it, for the message.
+
+    Raises:
+        ModelError: there is none, or none is named for another model than the theatre's.
+    """
+    if folder is not None:
+        return load_image_encoder(find_model(folder, "image encoder"), pipe.backbone)
+    if pipe.model != THEATRE:
+        raise ModelError(f"{reader} needs an image encoder. Name the folder of one: image_encoder=….")
+    return image_encoder_of(find_model(f"{THEATRE}/clip", "CLIP"))
 
 
 def image_encoder_of(clip_folder: Path) -> CLIPVisionModelWithProjection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -12,12 +13,75 @@ from torch import Tensor, nn
 
 from controlroom.backbones.ms_diffusion import inside_boxes
 from controlroom.core.errors import InputError
+from controlroom.data.group_folder import group_folder
 from controlroom.data.groups import Group, groups_fingerprint
 from controlroom.training.base_model import BaseModel
+from controlroom.training.clip_vision import image_encoder_for
+from controlroom.training.held_out import in_parts, spread_over
 from controlroom.training.latent_cache import LatentCache, cache_key
+from controlroom.training.recipe_settings import EncodedSettings
+
+if TYPE_CHECKING:
+    from controlroom.sampling.pipeline import Pipeline
+    from controlroom.training.recipe import Recipe
 
 Describe = Callable[[Sequence[Image.Image]], Tensor]
 """Pictures of subjects -> features [n, length, reads]."""
+
+
+class GroupSettings(EncodedSettings):
+    """Settings of a recipe that learns from groups: `read` gives them, and `build` takes them, where others have
+    pictures.
+    """
+
+    needs_boxes: ClassVar[bool] = True
+    """Whether the recipe must know where a subject is."""
+
+    image_encoder: str | None = None
+    """Folder of CLIP's image encoder, which reads the pictures of subjects; None: the theatre's."""
+
+    def read(self, data: str) -> Sequence[Any]:
+        """Groups of a folder whose ``metadata.jsonl`` names the subjects; see `data.group_folder`."""
+        return group_folder(data, self.needs_boxes)
+
+    def groups(self, given: Sequence[Any]) -> tuple[list[Group], list[Group]]:
+        """Groups that are learned from, and held-out ones.
+
+        Raises:
+            InputError: something else was given, or ``validation`` cannot be read.
+        """
+        held_out = () if self.validation is None else self.read(self.validation)
+        return checked_groups(given), spread_over(checked_groups(held_out), self.validation_pictures)
+
+    def encoder_for(self, pipe: Pipeline) -> Any:
+        """The image encoder that was named, or the theatre's. Raises ModelError if there is none."""
+        return image_encoder_for(pipe, self.image_encoder, type(self).__name__.removesuffix("Settings"))
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Where what is encoded is kept."""
+        return Path(self.cache) if self.cache else None
+
+    def own(self) -> str:
+        """What only this recipe can be told, as JSON."""
+        return self.model_dump_json(exclude=set(GroupSettings.model_fields))
+
+    def rehearsal(self, pipe: Pipeline, pictures: Sequence[Any], folder: Path) -> Recipe[Any]:
+        """With the two pictures of most subjects, so that nothing else is encoded for a look."""
+        learned, _ = self.groups(pictures)
+        largest = sorted(learned, key=lambda group: len(group.subjects), reverse=True)[:2]
+        return self.model_copy(update={"validation": None}).build(pipe, largest, folder)
+
+
+def checked_groups(given: Sequence[Any]) -> list[Group]:
+    """What was given, if it is groups. Raises InputError otherwise."""
+    for one in given:
+        if not isinstance(one, Group):
+            raise InputError(
+                f"{getattr(one, 'name', one)!s:.80} does not say who is in it. Read the set with "
+                "data.group_folder.group_folder."
+            )
+    return list(given)
 
 
 @dataclass(frozen=True)
@@ -50,7 +114,8 @@ class EncodedGroups:
         describe: makes features of subjects' pictures.
         described_by: the network that ``describe`` uses.
         size: height and width of the pictures; None: the model's own.
-        cache_folder: where latents and features are kept, in half precision; None: in memory.
+        cache_folder: where latents and features are kept; None: in memory.
+        exact: whether they are kept as they are encoded, in float32; otherwise in half precision.
 
     Raises:
         InputError: no groups, or a picture without a caption.
@@ -64,6 +129,7 @@ class EncodedGroups:
         described_by: nn.Module,
         size: tuple[int, int] | None = None,
         cache_folder: Path | None = None,
+        exact: bool = False,
     ) -> None:
         silent = [group.picture.name for group in groups if not group.picture.caption]
         if not groups or silent:
@@ -75,9 +141,9 @@ class EncodedGroups:
         for group in groups:
             self._first.append(self._first[-1] + len(group.subjects))
         version = self.fingerprint()
-        self._latents = kept_rows(self._encode, len(groups), cache_folder, {"vae": base.vae}, version)
+        self._latents = kept_rows(self._encode, len(groups), cache_folder, {"vae": base.vae}, version, exact)
         by = {"image_encoder": described_by}
-        self._features = kept_rows(self._seen, len(self._subjects), cache_folder, by, version)
+        self._features = kept_rows(self._seen, len(self._subjects), cache_folder, by, version, exact)
 
     def __len__(self) -> int:
         """How many pictures an epoch shows."""
@@ -86,6 +152,14 @@ class EncodedGroups:
     def fingerprint(self) -> str:
         """Pictures, words, boxes, size."""
         return f"{groups_fingerprint(self.groups)} {self.size}"
+
+    def names(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """Names of pictures, for messages."""
+        return tuple(self.groups[index].picture.name for index in indices)
+
+    def parts(self) -> list[GroupBatch]:
+        """All groups, a few at a time."""
+        return [self.batch(part) for part in in_parts(range(len(self)))]
 
     def _encode(self, slots: Sequence[int]) -> Tensor:
         return self.base.latents([self.groups[slot].picture.read() for slot in slots], self.size).cpu()
@@ -119,20 +193,27 @@ class EncodedGroups:
 
 
 def kept_rows(
-    make: Callable[[Sequence[int]], Tensor], count: int, folder: Path | None, by: dict[str, nn.Module], version: str
+    make: Callable[[Sequence[int]], Tensor],
+    count: int,
+    folder: Path | None,
+    by: dict[str, nn.Module],
+    version: str,
+    exact: bool = False,
 ) -> Callable[[Sequence[int]], Tensor]:
     """A function that reads rows which ``make`` made once.
 
     Args:
         make: rows of these numbers, [n, C, H, W].
         count: number of rows.
-        folder: where they are kept, in half precision; None: in memory.
+        folder: where they are kept; None: in memory.
         by: networks that ``make`` uses.
         version: of what they are made of.
+        exact: whether files hold float32; otherwise half precision.
     """
     if folder is None:
-        whole = torch.cat([make(range(i, min(i + 64, count))) for i in range(0, count, 64)])
+        # As a file has them: sums of other strides are rounded elsewhere.
+        whole = torch.cat([make(range(i, min(i + 64, count))) for i in range(0, count, 64)]).contiguous()
         return lambda rows: whole[list(rows)]
     channels, height, width = make([0]).shape[1:]
-    cache = LatentCache(folder, cache_key(by, version), count, (channels, height, width)).build(make)
+    cache = LatentCache(folder, cache_key(by, version), count, (channels, height, width), exact).build(make)
     return lambda rows: cache.read(list(rows)).float()

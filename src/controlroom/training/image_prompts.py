@@ -19,16 +19,15 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from controlroom.backbones.image_aggregator import chosen_pictures
-from controlroom.backbones.image_encoder import check_image_encoder, clip_pixels, image_features, load_image_encoder
+from controlroom.backbones.image_encoder import check_image_encoder, clip_pixels, image_features
 from controlroom.backbones.image_projection import ImageProjection
 from controlroom.backbones.image_prompt_attention import prompted
 from controlroom.backbones.ip_adapter import IPAdapterModel, adapted_attention, load_ip_adapter, save_ip_adapter
-from controlroom.backbones.loading import THEATRE, find_model
 from controlroom.core.branch import Condition
 from controlroom.core.errors import InputError, ModelError
 from controlroom.data.pictures import Picture, by_subject
 from controlroom.training.base_model import BaseModel
-from controlroom.training.clip_vision import image_encoder_of
+from controlroom.training.clip_vision import image_encoder_for
 from controlroom.training.faces import StoredFaces
 from controlroom.training.held_out import in_parts, mean_over, spread_over
 from controlroom.training.objective import Objective
@@ -90,11 +89,7 @@ class ImagePromptSettings(PeopleSettings):
         """
         if self.faces is not None:
             return StoredFaces(Path(self.faces))
-        if self.image_encoder is not None:
-            return load_image_encoder(find_model(self.image_encoder, "image encoder"), pipe.backbone)
-        if pipe.model != THEATRE:
-            raise ModelError("An IP-Adapter needs an image encoder. Name the folder of one: image_encoder=….")
-        return image_encoder_of(find_model(f"{THEATRE}/clip", "CLIP"))
+        return image_encoder_for(pipe, self.image_encoder, "An IP-Adapter")
 
 
 @dataclass(frozen=True)

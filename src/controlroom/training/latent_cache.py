@@ -1,4 +1,4 @@
-"""Encoded data on disk, made once: float16 latents [N, C, H, W] read through a memory map.
+"""Encoded data on disk, made once: latents [N, C, H, W] in float16 or float32, read through a memory map.
 
 The key holds whatever the latents depend on (`cache_key`: bytes of the encoder's weights, versions of data and
 transform), and is the name of the folder, so latents of another encoder are never read. Building appends chunk by
@@ -30,14 +30,17 @@ def cache_key(encoders: Mapping[str, nn.Module], *versions: str) -> str:
 class LatentCache:
     """Latents of slots 0 to `count` - 1 under `folder/<start of key>/`.
 
-    `shape` is (C, H, W). A cache that was built for fewer slots is continued, not rebuilt.
+    `shape` is (C, H, W). A cache that was built for fewer slots is continued, not rebuilt. ``exact`` keeps float32, bit
+    for bit, in a folder of its own; otherwise half precision is kept.
     """
 
-    def __init__(self, folder: Path, key: str, count: int, shape: tuple[int, int, int]) -> None:
-        self.folder = folder / key[:24]
+    def __init__(self, folder: Path, key: str, count: int, shape: tuple[int, int, int], exact: bool = False) -> None:
+        self.folder = folder / (f"{key[:24]}-exact" if exact else key[:24])
         self.key, self.count, self.shape = key, count, shape
-        self._row_bytes = int(np.prod(shape)) * 2
-        self._data, self._note = self.folder / "latents.f16", self.folder / "latents.json"
+        self._dtype = np.dtype(np.float32 if exact else np.float16)
+        self._row_bytes = int(np.prod(shape)) * self._dtype.itemsize
+        self._data = self.folder / ("latents.f32" if exact else "latents.f16")
+        self._note = self.folder / "latents.json"
         self._map: np.memmap | None = None
 
     @property
@@ -98,7 +101,7 @@ class LatentCache:
         if self._map is None:
             if not self.complete:
                 raise InputError(f"{self.folder} has {self.done} of {self.count} latents; call build() first.")
-            self._map = np.memmap(self._data, np.float16, "r", shape=(self.count, *self.shape))
+            self._map = np.memmap(self._data, self._dtype, "r", shape=(self.count, *self.shape))
         return torch.from_numpy(self._map[np.asarray(slots, dtype=np.int64)].astype(np.float32))
 
     def _rows(self, encode: Callable[[Sequence[int]], Tensor], slots: range) -> bytes:
@@ -106,10 +109,12 @@ class LatentCache:
             latents = encode(slots)
         if tuple(latents.shape) != (len(slots), *self.shape):
             raise InputError(f"The encoder gave {tuple(latents.shape)}, expected {(len(slots), *self.shape)}.")
-        half = latents.detach().float().cpu().half()
-        if not torch.isfinite(half).all():
-            raise InputError(f"A latent of slots {slots[0]} to {slots[-1]} is not finite, or too large for float16.")
-        return half.contiguous().numpy().tobytes()
+        kept = latents.detach().float().cpu().to(getattr(torch, self._dtype.name))
+        if not torch.isfinite(kept).all():
+            raise InputError(
+                f"A latent of slots {slots[0]} to {slots[-1]} is not finite, or too large for {self._dtype.name}."
+            )
+        return kept.contiguous().numpy().tobytes()
 
     def _write_note(self, done: int) -> None:
         note = {"key": self.key, "shape": list(self.shape), "done": done}

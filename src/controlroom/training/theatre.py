@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from controlroom.backbones.controlnet import CONDITION_KINDS
-from controlroom.training.hardware import keep_freed_memory
+from controlroom.core.memory import keep_freed_memory
 from controlroom.training.loop import train
 from controlroom.training.recipe import Recipe
 from controlroom.training.settings import TrainSettings
@@ -135,21 +135,16 @@ def _grouped(kind: Literal["ms_diffusion", "blip_subject"]) -> Recipe[Any]:
     from controlroom.sampling.pipeline import Pipeline
     from controlroom.training.clip_vision import image_encoder_of
     from controlroom.training.objective import ObjectiveSettings
-    from controlroom.training.recipes.blip_subject import BLIPSubjectRecipe
-    from controlroom.training.recipes.ms_diffusion import MSDiffusionRecipe
+    from controlroom.training.recipes.blip_subject import BLIPSubjectRecipe, BLIPSubjectSettings
+    from controlroom.training.recipes.ms_diffusion import MSDiffusionRecipe, MSDiffusionSettings
 
-    recipe, data = {
-        "ms_diffusion": (MSDiffusionRecipe, theatre_groups),
-        "blip_subject": (BLIPSubjectRecipe, theatre_subjects),
-    }[kind]
-    return recipe(
-        Pipeline.from_pretrained("theatre"),
-        image_encoder_of(RUNS / "clip/weights"),
-        data(PAIRS),
-        objective=ObjectiveSettings(min_snr_gamma=5.0),
-        held_out=data(16, "held_out"),
-        cache_folder=RUNS / "latents",
-    )
+    pipe, encoder = Pipeline.from_pretrained("theatre"), image_encoder_of(RUNS / "clip/weights")
+    objective, cache = ObjectiveSettings(min_snr_gamma=5.0), RUNS / "latents"
+    if kind == "ms_diffusion":
+        groups, held_out = theatre_groups(PAIRS), theatre_groups(16, "held_out")
+        return MSDiffusionRecipe(pipe, encoder, groups, MSDiffusionSettings(objective=objective), held_out, cache)
+    groups, held_out = theatre_subjects(PAIRS), theatre_subjects(16, "held_out")
+    return BLIPSubjectRecipe(pipe, encoder, groups, BLIPSubjectSettings(objective=objective), held_out, cache)
 
 
 def _faces(kind: Literal["instant_id", "photomaker"]) -> Recipe[Any]:

@@ -28,6 +28,7 @@ from controlroom.backbones.subject_reader import (
     encoder_shape,
     load_subject_reader,
     told_with,
+    with_subject_first,
 )
 from controlroom.backbones.swapped_weights import read_weights, swapped
 from controlroom.backbones.words import PlacedPrompt, PromptTokens, content_ids, placed_tokens
@@ -118,10 +119,7 @@ class BLIPDiffusion(Control):
         # What another control of this kind has read stays as it is: the two are a conflict that is found later.
         if isinstance(prompt, PlacedPrompt):
             return prompt
-        name = self.target or self.subject
-        start = f"a {name}"
-        words = prompt.strip()
-        once = words if words == start or words.startswith(f"{start} ") else f"{start} {words}".strip()
+        once = with_subject_first(prompt, self.target or self.subject)
         said = SubjectPrompt(", ".join([once] * self.repeat))
         said.own, said.control = prompt, self
         return said

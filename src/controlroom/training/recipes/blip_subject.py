@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from controlroom.backbones.image_encoder import clip_pixels
@@ -29,13 +29,15 @@ from controlroom.backbones.subject_reader import (
     load_subject_reader,
     save_subject_reader,
     told_with,
+    with_subject_first,
 )
 from controlroom.core.branch import Condition
 from controlroom.data.groups import Group
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel as Networks
-from controlroom.training.grouped import EncodedGroups, GroupBatch
-from controlroom.training.objective import Objective, ObjectiveSettings
+from controlroom.training.grouped import EncodedGroups, GroupBatch, GroupSettings
+from controlroom.training.held_out import mean_over
+from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 
@@ -43,10 +45,14 @@ WITHOUT_SUBJECT = 0.15
 """Share of samples that words alone describe, where the UNet learns."""
 
 
-class BLIPSubjectSettings(BaseModel):
-    """Sizes of what learns; the published encoder has 12 layers and is as wide as the words."""
+class BLIPSubjectSettings(GroupSettings):
+    """Sizes of what learns; the published encoder has 12 layers and is as wide as the words.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Rate and number of steps are this project's: the published encoder had learned before.
+    """
+
+    loop: ClassVar[dict[str, Any]] = {"total_steps": 100_000, "batch_size": 16, "learning_rate": 1e-4}
+    needs_boxes: ClassVar[bool] = False
 
     queries: PositiveInt = 16
     """Vectors of a subject."""
@@ -57,6 +63,17 @@ class BLIPSubjectSettings(BaseModel):
     seed: int = Field(default=8, ge=0)
     """Of the encoder's first weights."""
 
+    def build(self, pipe: Pipeline, pictures: Sequence[Any], folder: Path) -> BLIPSubjectRecipe:
+        learned, held_out = ([_as_drawn(group) for group in side] for side in self.groups(pictures))
+        encoder = self.encoder_for(pipe)
+        return BLIPSubjectRecipe(pipe, encoder, learned, self, held_out, self.cache_folder, exact=True)
+
+
+def _as_drawn(group: Group) -> Group:
+    """The group with its caption as the control would say it: the first subject's word behind an article first."""
+    said = with_subject_first(group.picture.caption, group.subjects[0].word)
+    return replace(group, picture=replace(group.picture, caption=said))
+
 
 class BLIPSubjectRecipe:
     """Recipe: a subject encoder for any Stable Diffusion 1, 2 or XL model.
@@ -65,11 +82,10 @@ class BLIPSubjectRecipe:
         pipe: the model; it is only read.
         image_encoder: a `CLIPVisionModelWithProjection`, frozen.
         groups: pictures whose captions begin with "a" and the word for their first subject; others are not looked at.
-        settings: sizes of what learns.
-        objective: of the loss; None: the plain error, as published.
+        settings: see `BLIPSubjectSettings`.
         held_out: groups that are never trained on, for `validate`.
-        size: height and width of the pictures; None: the model's own.
         cache_folder: where latents and features are kept; None: in memory.
+        exact: whether they are kept in float32, so that a run is the same bit for bit; otherwise in half precision.
 
     Exported are ``config.json`` and ``model.safetensors`` with the published keys, the image encoder beside them, and,
     where it learned, the UNet in diffusers' layout in ``unet``.
@@ -86,14 +102,13 @@ class BLIPSubjectRecipe:
         image_encoder: Any,
         groups: Sequence[Group],
         settings: BLIPSubjectSettings | None = None,
-        objective: ObjectiveSettings | None = None,
         held_out: Sequence[Group] = (),
-        size: tuple[int, int] | None = None,
         cache_folder: Path | None = None,
+        exact: bool = False,
     ) -> None:
         self.settings = settings or BLIPSubjectSettings()
         self.base = Networks(pipe, trains=(UNET,) if self.settings.unet else ())
-        self.objective = Objective(self.base.backbone.scheduler, objective)
+        self.objective = Objective(self.base.backbone.scheduler, self.settings.objective)
         tables = [encoder.get_input_embeddings().weight for encoder in self.base.text_encoders().values()]
         tokenizer = self.base.backbone.tokenizers()[0]
         shape = QFormerShape(
@@ -113,7 +128,8 @@ class BLIPSubjectRecipe:
         encoder.requires_grad_(True)
         for module in self.base.trained().values():
             module.requires_grad_(True)
-        self.shown = EncodedGroups(self.base, groups, self.states, image_encoder, size, cache_folder)
+        size = self.settings.hw
+        self.shown = EncodedGroups(self.base, groups, self.states, image_encoder, size, cache_folder, exact)
         self.unseen = EncodedGroups(self.base, held_out, self.states, image_encoder, size) if held_out else None
         self.dataset_size: int | None = len(self.shown)
 
@@ -126,7 +142,11 @@ class BLIPSubjectRecipe:
     def fingerprint(self) -> str:
         """Pictures and words; sizes; what is left out how often."""
         objective = self.objective.settings.model_dump_json()
-        return f"{self.shown.fingerprint()} {self.settings.model_dump_json()} {WITHOUT_SUBJECT} {objective}"
+        return f"{self.shown.fingerprint()} {self.settings.own()} {WITHOUT_SUBJECT} {objective}"
+
+    def names(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """Names of pictures, for messages."""
+        return self.shown.names(indices)
 
     @torch.no_grad()
     def states(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -173,7 +193,9 @@ class BLIPSubjectRecipe:
         """Error on held-out pictures with their subjects, and by words alone."""
         if self.unseen is None:
             return {}
-        batch = self.unseen.batch(range(len(self.unseen)))
+        return mean_over((len(batch.prompts), self._errors(batch)) for batch in self.unseen.parts())
+
+    def _errors(self, batch: GroupBatch) -> dict[str, float]:
         return {"held_out": self.error(batch), "by_words": self.error(batch, subject=False)}
 
     def export(self, folder: Path) -> None:

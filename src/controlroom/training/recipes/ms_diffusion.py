@@ -16,11 +16,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,8 +37,9 @@ from controlroom.data.groups import Group
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel as Networks
 from controlroom.training.checkpoint import storable
-from controlroom.training.grouped import EncodedGroups, GroupBatch
-from controlroom.training.objective import Objective, ObjectiveSettings
+from controlroom.training.grouped import EncodedGroups, GroupBatch, GroupSettings
+from controlroom.training.held_out import mean_over
+from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 
@@ -50,10 +51,13 @@ UNGROUNDED = 0.1
 _SQUARE = 512
 
 
-class MSDiffusionSettings(BaseModel):
-    """Sizes of what learns; the defaults are the published ones but for the width, which is the image encoder's."""
+class MSDiffusionSettings(GroupSettings):
+    """Sizes of what learns; the defaults are the published ones but for the width, which is the image encoder's.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Rate and batch are the published trainer's, the number of steps is not.
+    """
+
+    loop: ClassVar[dict[str, Any]] = {"total_steps": 100_000, "batch_size": 8, "learning_rate": 1e-4}
 
     tokens: PositiveInt = 16
     """Of each subject."""
@@ -64,6 +68,11 @@ class MSDiffusionSettings(BaseModel):
     seed: int = Field(default=6, ge=0)
     """Of the resampler's first weights."""
 
+    def build(self, pipe: Pipeline, pictures: Sequence[Any], folder: Path) -> MSDiffusionRecipe:
+        learned, held_out = self.groups(pictures)
+        encoder = self.encoder_for(pipe)
+        return MSDiffusionRecipe(pipe, encoder, learned, self, held_out, self.cache_folder, exact=True)
+
 
 class MSDiffusionRecipe:
     """Recipe: MS-Diffusion for any Stable Diffusion 1, 2 or XL model.
@@ -72,11 +81,10 @@ class MSDiffusionRecipe:
         pipe: the model; it is only read.
         image_encoder: a `CLIPVisionModelWithProjection`, frozen.
         groups: pictures with their subjects.
-        settings: sizes of what learns.
-        objective: of the loss; None: the plain error, as published.
+        settings: see `MSDiffusionSettings`.
         held_out: groups that are never trained on, for `validate`.
-        size: height and width of the pictures; None: the model's own.
         cache_folder: where latents and features are kept; None: in memory.
+        exact: whether they are kept in float32, so that a run is the same bit for bit; otherwise in half precision.
 
     Exported are ``ms_adapter.safetensors`` with the published keys, and the image encoder beside it.
 
@@ -92,17 +100,17 @@ class MSDiffusionRecipe:
         image_encoder: Any,
         groups: Sequence[Group],
         settings: MSDiffusionSettings | None = None,
-        objective: ObjectiveSettings | None = None,
         held_out: Sequence[Group] = (),
-        size: tuple[int, int] | None = None,
         cache_folder: Path | None = None,
+        exact: bool = False,
     ) -> None:
         check_image_encoder(image_encoder)
         self.settings = settings or MSDiffusionSettings()
         self.base = Networks(pipe)
         self.encoder: Any = image_encoder.eval().requires_grad_(False)
-        self.objective = Objective(self.base.backbone.scheduler, objective)
-        self.shown = EncodedGroups(self.base, groups, self.features, self.encoder, size, cache_folder)
+        self.objective = Objective(self.base.backbone.scheduler, self.settings.objective)
+        size = self.settings.hw
+        self.shown = EncodedGroups(self.base, groups, self.features, self.encoder, size, cache_folder, exact)
         self.unseen = EncodedGroups(self.base, held_out, self.features, self.encoder, size) if held_out else None
         self.dataset_size: int | None = len(self.shown)
         words = sorted({subject.word for group in (*groups, *held_out) for subject in group.subjects})
@@ -130,8 +138,12 @@ class MSDiffusionRecipe:
 
     def fingerprint(self) -> str:
         """Pictures, words and boxes; sizes; what is left out how often."""
-        shape = f"{self.settings.model_dump_json()} {DROPOUT} {UNGROUNDED}"
+        shape = f"{self.settings.own()} {DROPOUT} {UNGROUNDED}"
         return f"{self.shown.fingerprint()} {shape} {self.objective.settings.model_dump_json()}"
+
+    def names(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """Names of pictures, for messages."""
+        return self.shown.names(indices)
 
     @torch.no_grad()
     def _features(self, pixels: Tensor) -> Tensor:
@@ -185,7 +197,9 @@ class MSDiffusionRecipe:
         """Error on held-out groups with their subjects, and with zero pixels in their place."""
         if self.unseen is None:
             return {}
-        batch = self.unseen.batch(range(len(self.unseen)))
+        return mean_over((len(batch.prompts), self._errors(batch)) for batch in self.unseen.parts())
+
+    def _errors(self, batch: GroupBatch) -> dict[str, float]:
         blank = self.no_picture.to(batch.features).expand_as(batch.features)
         return {"held_out": self.error(batch), "without_pictures": self.error(replace(batch, features=blank))}
 

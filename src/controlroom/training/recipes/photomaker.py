@@ -20,17 +20,15 @@ from PIL import Image
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from controlroom.backbones.image_encoder import check_image_encoder, clip_pixels, load_image_encoder
-from controlroom.backbones.loading import THEATRE, find_model
+from controlroom.backbones.image_encoder import check_image_encoder, clip_pixels
 from controlroom.backbones.lora_dialects import low_rank_parts
 from controlroom.backbones.photomaker import FILE, IDEncoder, PhotoMakerModel, load_photomaker
 from controlroom.controls.stacked_prompt import person_in, stacked_ids
 from controlroom.core.branch import Condition
-from controlroom.core.errors import ModelError
 from controlroom.data.pictures import Picture
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
-from controlroom.training.clip_vision import image_encoder_of
+from controlroom.training.clip_vision import image_encoder_for
 from controlroom.training.held_out import in_parts, mean_over, spread_over
 from controlroom.training.image_prompts import others_of
 from controlroom.training.low_rank import LowRankLayers, layers_ending
@@ -69,12 +67,7 @@ class PhotoMakerSettings(PeopleSettings):
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> PhotoMakerRecipe:
         base = self.networks(pipe)
-        if self.image_encoder is not None:
-            encoder = load_image_encoder(find_model(self.image_encoder, "image encoder"), pipe.backbone)
-        elif pipe.model == THEATRE:
-            encoder = image_encoder_of(find_model(f"{THEATRE}/clip", "CLIP"))
-        else:
-            raise ModelError("PhotoMaker needs an image encoder. Name the folder of one: image_encoder=….")
+        encoder = image_encoder_for(pipe, self.image_encoder, "PhotoMaker")
         learned, held_out = self.sides(pictures)
         shown = Shown(base, learned, self.prompt, size=self.hw)
         return PhotoMakerRecipe(base, shown, self, encoder, held_out=held_out)
