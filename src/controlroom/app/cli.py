@@ -34,6 +34,7 @@ from controlroom.app.commands.signal import signal
 from controlroom.app.commands.stylise import stylise
 from controlroom.app.commands.train import train
 from controlroom.core.errors import ControlRoomError
+from controlroom.core.memory import keep_freed_memory
 
 app = typer.Typer(
     name="controlroom",
@@ -85,6 +86,8 @@ def _global(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code, for the console script to exit with."""
+    if arguments is None:  # the process is ours, from its start to its end
+        keep_freed_memory()
     line = list(sys.argv[1:] if arguments is None else arguments)
     options = line[: line.index("--")] if "--" in line else line
     debug = "--debug" in options

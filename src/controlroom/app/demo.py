@@ -18,6 +18,7 @@ from controlroom.app.sheet import Cell, contact_sheet
 from controlroom.core.errors import ControlRoomError
 from controlroom.core.files import write_atomically
 from controlroom.core.images import save_png
+from controlroom.core.memory import keep_freed_memory
 from controlroom.core.png import png_bytes
 from controlroom.core.pose import Pose
 from controlroom.data.theatre.doodle import draw_doodle
@@ -164,4 +165,5 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     raise SystemExit(main())

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from controlroom.core.errors import ControlRoomError, InputError, ModelError
 from controlroom.core.files import write_text_atomically
+from controlroom.core.memory import keep_freed_memory
 from controlroom.evaluation import effect_targets, effect_targets_spatial
 from controlroom.evaluation.effect_rules import Target
 from controlroom.evaluation.effect_targets import SWEEP
@@ -229,4 +230,5 @@ def _measure_all(options: argparse.Namespace) -> bool:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     raise SystemExit(main())

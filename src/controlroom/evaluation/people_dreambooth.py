@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from controlroom.core.errors import ControlRoomError, InputError
 from controlroom.core.files import write_text_atomically
+from controlroom.core.memory import keep_freed_memory
 from controlroom.evaluation.subject_front import METHODS, WORD, Learned, Method, train_over_steps
 
 if TYPE_CHECKING:
@@ -101,4 +102,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     raise SystemExit(main())

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from controlroom.core.errors import ControlRoomError, InputError
 from controlroom.core.files import atomic_path, write_text_atomically
+from controlroom.core.memory import keep_freed_memory
 from controlroom.data.subjects import named
 from controlroom.data.theatre.subjects import TheatreSubject, theatre_subjects
 
@@ -275,4 +276,5 @@ def _at_rates(methods: Mapping[str, Method], given: Sequence[str]) -> dict[str, 
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     raise SystemExit(main())
