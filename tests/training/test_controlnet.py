@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from PIL import ImageOps
 import controlroom as cr
 from controlroom.core.errors import InputError, ModelError
 from controlroom.data.image_folder import image_folder
-from controlroom.data.pictures import ConditionedPicture, Picture
+from controlroom.data.pictures import ConditionedPicture
 from controlroom.signals.canny import Canny
 from controlroom.tasks.train import plan_training
 from controlroom.training.catalog import recipe_entry
@@ -25,19 +25,15 @@ from controlroom.training.randomness import StepRandom
 from controlroom.training.recipes.controlnet import ControlNetRecipe, ControlNetSettings
 from tests.saved import tiny_folder
 from tests.tiny import BACKBONES, tiny_sd1
+from tests.training import side_checks
 from tests.training.recipe_checks import check_learns, check_moves_only_what_trains, check_resumes
 from tests.training.scenery import conditioned, drawn, ramp, scenery, written
+from tests.training.side_checks import DRAW, check_draws, check_goes_on, check_predicts_as_a_run
 
 CANNY = ControlNetSettings(kind="canny")
-DRAW: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 4.0}
 
 
-def maker(
-    folder: Path, backbone: str = "sd1", pictures: tuple[Picture, ...] | None = None, **changes: Any
-) -> Callable[[], ControlNetRecipe]:
-    pipe = cr.Pipeline.from_diffusers(BACKBONES[backbone]())
-    settings = CANNY.model_copy(update=changes)
-    return lambda: settings.build(pipe, pictures or scenery(), folder)
+maker = partial(side_checks.maker, CANNY)
 
 
 def stirred(recipe: ControlNetRecipe) -> ControlNetRecipe:
@@ -71,21 +67,7 @@ def test_it_learns_and_continues(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_training_predicts_what_a_run_predicts(kind: str, tmp_path: Path) -> None:
     recipe = stirred(maker(tmp_path, kind)())
-    batch = recipe.batch([0], 0)
-    pipe = cr.Pipeline.from_diffusers(BACKBONES[kind]())
-    seen: list[torch.Tensor] = []
-    handle = pipe.unet.register_forward_hook(lambda m, a, o: seen.extend([a[0], a[1], o[0]]))
-    control = cr.ControlNet(recipe.net, Canny()(drawn(0)).picture)
-    settings = {**DRAW, "num_inference_steps": 1, "negative_prompt": "", "height": 32, "width": 32}
-    pipe(batch.shown.prompts[0], controls=[control], seed=3, **settings)
-    handle.remove()
-    noisy, t, expected = seen  # rows: without words, with words
-    condition = recipe.base.condition(["", batch.shown.prompts[0]])
-    with torch.no_grad():
-        found = recipe.predict(noisy, t.expand(2), condition, batch.maps.expand(2, -1, -1, -1))
-        without = recipe.base.predict(noisy, t.expand(2), condition)
-    assert (found - expected).abs().max() < 1e-4 * expected.std()
-    assert (without - expected).abs().max() > 1e-2 * expected.std()
+    check_predicts_as_a_run(recipe, cr.ControlNet(recipe.net, Canny()(drawn(0)).picture), kind)
 
 
 def test_half_of_the_samples_are_without_words(tmp_path: Path) -> None:
@@ -158,21 +140,13 @@ def test_its_export_draws_in_diffusers_and_here_alike(tmp_path: Path) -> None:
     theirs.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(4)
     expected = theirs("a cat", image=map_, generator=generator, height=32, width=32, **DRAW).images
-    pipe = cr.Pipeline.from_diffusers(tiny_sd1())
-    found = pipe("a cat", controls=[cr.ControlNet(str(weights), map_)], seed=4, height=32, width=32, **DRAW).images
-    plain = pipe("a cat", seed=4, height=32, width=32, **DRAW).images
+    found = check_draws(cr.ControlNet(str(weights), map_))
     assert (found - expected).abs().max() <= 1e-4 * expected.std()
-    assert (found - plain).abs().max() > 1e-3 * expected.std()
-    # It goes on from there: by the loop, or with its shape, as a setting.
-    again, taken = maker(tmp_path)(), maker(tmp_path, start_from=str(weights))()
-    again.load(weights)
-    for key, value in recipe.net.state_dict().items():
-        assert torch.equal(value, again.net.state_dict()[key]) and torch.equal(value, taken.net.state_dict()[key])
-    assert all(p.requires_grad for p in taken.net.parameters())
+    check_goes_on(recipe, partial(maker, tmp_path), weights)
     narrow: Any = ControlNetModel.from_unet(tiny_sd1().unet, conditioning_embedding_out_channels=(8, 16))
     narrow.save_pretrained(tmp_path / "narrow")
     with pytest.raises(ModelError, match="start_from of the recipe"):
-        again.load(tmp_path / "narrow")
+        maker(tmp_path)().load(tmp_path / "narrow")
     went_on = maker(tmp_path, start_from=str(tmp_path / "narrow"))()
     assert tuple(went_on.net.config.conditioning_embedding_out_channels) == (8, 16)
 

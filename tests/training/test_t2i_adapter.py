@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,15 @@ from controlroom.training.randomness import StepRandom
 from controlroom.training.recipes.t2i_adapter import T2IAdapterRecipe, T2IAdapterSettings
 from tests.saved import tiny_folder
 from tests.tiny import BACKBONES, tiny_sd1
+from tests.training import side_checks
 from tests.training.recipe_checks import check_moves_only_what_trains, check_resumes, loop
 from tests.training.scenery import conditioned, drawn, scenery, written
+from tests.training.side_checks import DRAW, check_draws, check_goes_on, check_predicts_as_a_run
 
 CANNY = T2IAdapterSettings(kind="canny")
-DRAW: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 4.0}
 
 
-def maker(folder: Path, backbone: str = "sd1", **changes: Any) -> Callable[[], T2IAdapterRecipe]:
-    pipe = cr.Pipeline.from_diffusers(BACKBONES[backbone]())
-    settings = CANNY.model_copy(update=changes)
-    return lambda: settings.build(pipe, scenery(), folder)
+maker = partial(side_checks.maker, CANNY)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -53,21 +51,7 @@ def test_it_learns_and_continues(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_training_predicts_what_a_run_predicts(kind: str, tmp_path: Path) -> None:
     recipe = maker(tmp_path, kind)()
-    batch = recipe.batch([0], 0)
-    pipe = cr.Pipeline.from_diffusers(BACKBONES[kind]())
-    seen: list[torch.Tensor] = []
-    handle = pipe.unet.register_forward_hook(lambda m, a, o: seen.extend([a[0], a[1], o[0]]))
-    control = cr.T2IAdapter(recipe.net, Canny()(drawn(0)).picture)
-    settings = {**DRAW, "num_inference_steps": 1, "negative_prompt": "", "height": 32, "width": 32}
-    pipe(batch.shown.prompts[0], controls=[control], seed=3, **settings)
-    handle.remove()
-    noisy, t, expected = seen  # rows: without words, with words
-    condition = recipe.base.condition(["", batch.shown.prompts[0]])
-    with torch.no_grad():
-        found = recipe.predict(noisy, t.expand(2), condition, batch.maps.expand(2, -1, -1, -1))
-        without = recipe.base.predict(noisy, t.expand(2), condition)
-    assert (found - expected).abs().max() < 1e-4 * expected.std()
-    assert (without - expected).abs().max() > 1e-3 * expected.std()
+    check_predicts_as_a_run(recipe, cr.T2IAdapter(recipe.net, Canny()(drawn(0)).picture), kind, 1e-3)
 
 
 def test_noise_is_strong_most_of_the_time(tmp_path: Path) -> None:
@@ -95,15 +79,9 @@ def test_its_export_draws_in_diffusers_and_here_alike(tmp_path: Path) -> None:
     theirs.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(4)
     expected = theirs("a cat", image=map_, generator=generator, height=32, width=32, **DRAW).images
-    pipe = cr.Pipeline.from_diffusers(tiny_sd1())
-    found = pipe("a cat", controls=[cr.T2IAdapter(str(weights), map_)], seed=4, height=32, width=32, **DRAW).images
-    plain = pipe("a cat", seed=4, height=32, width=32, **DRAW).images
+    found = check_draws(cr.T2IAdapter(str(weights), map_))
     assert (found - expected).abs().max() <= 1e-4 * expected.std()
-    assert (found - plain).abs().max() > 1e-3 * expected.std()
-    again, taken = maker(tmp_path)(), maker(tmp_path, start_from=str(weights))()
-    again.load(weights)
-    for key, value in recipe.net.state_dict().items():
-        assert torch.equal(value, again.net.state_dict()[key]) and torch.equal(value, taken.net.state_dict()[key])
+    check_goes_on(recipe, partial(maker, tmp_path), weights)
 
 
 def test_the_command_trains_on_a_folder_and_draws_on_the_way(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from controlroom.core.files import atomic_path, write_text_atomically
 
 KINDS = ("canny", "soft_edge", "lines", "scribble", "depth", "normal", "segmentation", "pose")
 """Local conditions that a control has settings for; an adapter knows some or all of them."""
-LOCAL, GLOBAL = "local", "global"
+LOCAL, GLOBAL, ENCODER = "local", "global", "image_encoder"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 
@@ -272,6 +272,17 @@ def save_adapter(net: LocalAdapter | GlobalAdapter, folder: Path) -> None:
     tensors = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
     with atomic_path(folder / _WEIGHTS) as beside:
         save_file(tensors, str(beside), {"format": "pt"})
+
+
+def part_folder(folder: Path, part: str) -> Path:
+    """Where an adapter lies in the folder of a Uni-ControlNet.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if not (folder / part).is_dir():
+        raise ModelError(f"{folder} has no {part} adapter. It should hold the folders {LOCAL} and {GLOBAL}.")
+    return folder / part
 
 
 def load_local_adapter(folder: Path, unet: Any) -> LocalAdapter:

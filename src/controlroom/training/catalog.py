@@ -143,6 +143,12 @@ RECIPES = (
         "folder in diffusers' layout for cr.T2IAdapter",
     ),
     RecipeEntry(
+        "uni_controlnet",
+        "uni_controlnet:UniControlNetSettings",
+        "drawing along several kinds of condition with one adapter, or (part=global) after the content of a picture",
+        "folder for cr.UniControlNet",
+    ),
+    RecipeEntry(
         "inpaint",
         "inpaint:InpaintSettings",
         "filling holes, in the whole UNet with five further channels: the mask, and what is around it",

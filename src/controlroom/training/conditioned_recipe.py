@@ -6,7 +6,7 @@ Each shows the user's own pictures with a tensor beside them, half of them witho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,7 +24,7 @@ from controlroom.sampling.pipeline import Pipeline
 from controlroom.signals.signal import Kind
 from controlroom.training.base_model import BaseModel
 from controlroom.training.buckets import BucketOrder
-from controlroom.training.conditions import ConditionMaps, Places, Row
+from controlroom.training.conditions import ConditionMaps, Conditions, Places, Row
 from controlroom.training.held_out import mean_over
 from controlroom.training.objective import Noised, Objective
 from controlroom.training.randomness import StepRandom
@@ -48,6 +48,13 @@ class ConditionedSettings(ShownSettings):
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path | None) -> Recipe[Any]:
         """As every recipe's; without a folder no condition is kept on disk."""
         raise NotImplementedError
+
+    def sources(
+        self, pipe: Pipeline, pictures: Sequence[Picture], trains: Collection[str] = ()
+    ) -> tuple[BaseModel, Shown, Shown | None]:
+        """The model, of which ``trains`` moves; what is learned from; what is held out."""
+        base = self.networks(pipe, trains)
+        return base, *self.shown(base, pictures, self.prompt, buckets=self.buckets)
 
     def rehearsal(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> Recipe[Any]:
         """A look at what a training would need writes nothing."""
@@ -94,6 +101,10 @@ class ConditionedRecipe(Generic[SettingsT]):
         """What draws along the condition of a picture, for a preview."""
         raise NotImplementedError
 
+    def dropped(self, maps: Tensor, rng: StepRandom) -> Tensor:
+        """What of the conditions a step shows: all of them, unless the method leaves some out."""
+        return maps
+
     def draw(self, latents: Tensor, rng: StepRandom) -> Noised:
         """Noise levels and noise of a step."""
         return self.objective.draw(latents, rng)
@@ -125,7 +136,7 @@ class ConditionedRecipe(Generic[SettingsT]):
         shown = without_words(batch.shown, self.settings.empty_prompts, rng)
         condition = self.base.condition(shown.prompts, shown.size)
         drawn = self.draw(shown.latents, rng)
-        predicted = self.predict(drawn.latents, drawn.t, condition, batch.maps)
+        predicted = self.predict(drawn.latents, drawn.t, condition, self.dropped(batch.maps, rng))
         return Losses((self.objective.errors(predicted, drawn, shown.mask) * drawn.weight).mean())
 
     @property
@@ -166,6 +177,11 @@ class ConditionedRecipe(Generic[SettingsT]):
         return found
 
 
+def weights_at(start_from: str | None, what: str) -> Path | None:
+    """Where the weights to go on from are."""
+    return None if start_from is None else find_model(start_from, what)
+
+
 class SideSettings(ConditionedSettings):
     """Of a network beside the frozen UNet that reads one kind of condition."""
 
@@ -184,13 +200,10 @@ class SideSettings(ConditionedSettings):
 
     def found(self, what: str) -> Path | None:
         """Where the weights to go on from are."""
-        return None if self.start_from is None else find_model(self.start_from, what)
+        return weights_at(self.start_from, what)
 
 
-SideT = TypeVar("SideT", bound=SideSettings)
-
-
-class SideRecipe(ConditionedRecipe[SideT]):
+class SideRecipe(ConditionedRecipe[SettingsT]):
     """Base of a recipe of one network beside the frozen UNet.
 
     Args:
@@ -209,8 +222,8 @@ class SideRecipe(ConditionedRecipe[SideT]):
         self,
         base: BaseModel,
         shown: Shown,
-        settings: SideT,
-        conditions: ConditionMaps,
+        settings: SettingsT,
+        conditions: Conditions,
         net: Any,
         held_out: Shown | None = None,
     ) -> None:

@@ -5,8 +5,9 @@ Each is made once, from the pixels that are shown (cropped, and mirrored where t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -56,6 +57,18 @@ def pixels_shown(shown: Shown, row: Row) -> Image.Image:
 def row_pixels(pictures: Iterable[Image.Image]) -> Tensor:
     """[B, 3, H, W], uint8."""
     return torch.stack([torch.from_numpy(np.array(one.convert("RGB"))).permute(2, 0, 1) for one in pictures])
+
+
+class Conditions(Protocol):
+    """What stands beside pictures."""
+
+    def fill(self, shown: Shown) -> Conditions:
+        """Make what is missing of these pictures."""
+        ...
+
+    def rows(self, shown: Shown, rows: Sequence[Row]) -> Tensor:
+        """[B, ...]: that of these pictures."""
+        ...
 
 
 class ConditionMaps:
@@ -147,6 +160,80 @@ class ConditionMaps:
             if not self.absent:
                 raise InputError(f"{name}: {error} Take it out of the set, or name its conditioning_image.") from error
             return Image.new("RGB", seen.size)
+
+
+class JoinedMaps:
+    """Several conditions of every picture, one behind the other on channels.
+
+    Each is found and kept as `ConditionMaps` does, so runs of one kind and of several share what is in a folder. Nobody
+    in a picture is no pose: a black map.
+
+    Args:
+        folder: of the run; None: in memory.
+        kinds: in the order of their channels, three each.
+        models: of the signals, by kind; normals are found from the depth's if they have none.
+        detector: what finds the people of a pose, for networks of photographs.
+        given: which of them conditions of pictures' own are; None: the only one.
+
+    Raises:
+        InputError: a model, a detector or a given kind that is none of ``kinds``.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        kinds: Sequence[str],
+        models: Mapping[str, str] | None = None,
+        detector: str | None = None,
+        given: str | None = None,
+    ) -> None:
+        models, several = dict(models or {}), len(kinds) > 1
+        asked = [*models, *([given] if given else []), *(["pose"] if detector else [])]
+        unknown = next((kind for kind in asked if kind not in kinds), None)
+        if unknown is not None:
+            raise InputError(
+                f"Something is said of {unknown}, which is not learned. Learned are {', '.join(kinds)}: add it to "
+                "kinds, or leave it out of given, signal_models and detector."
+            )
+        self.kinds, self._given = tuple(kinds), given if several else kinds[0]
+        if "depth" in models:
+            models.setdefault("normal", models["depth"])
+        self._each = [
+            ConditionMaps(
+                folder,
+                kind,
+                models.get(kind),
+                detector if kind == "pose" else None,
+                given=kind == self._given,
+                absent=several and kind == "pose",
+            )
+            for kind in kinds
+        ]
+
+    def fill(self, shown: Shown) -> JoinedMaps:
+        """Make what is missing of these pictures.
+
+        Raises:
+            InputError: as `ConditionMaps.fill`; conditions of pictures' own that may be any of several kinds.
+        """
+        if self._given is None and any(isinstance(picture, ConditionedPicture) for picture in shown.pictures):
+            raise InputError(
+                "The pictures have a conditioning_image, which is one map, and several kinds are learned. Say which "
+                f"of them it is, such as given={self.kinds[0]!r}; the others are found in the pictures."
+            )
+        for maps in self._each:
+            maps.fill(shown)
+        return self
+
+    def rows(self, shown: Shown, rows: Sequence[Row]) -> Tensor:
+        """[B, 3 * kinds, H, W] in [0, 1]: the conditions of these pictures, all of one size."""
+        return torch.cat([maps.rows(shown, rows) for maps in self._each], dim=1)
+
+    def check_found(self, shown: Shown) -> None:
+        """Raise InputError for a kind that is found in no picture, which nothing would be learned of."""
+        for kind, maps in zip(self.kinds, self._each, strict=True):
+            if not any(maps.rows(shown, [row]).any() for row in every_row(shown)):
+                raise InputError(f"There is no {kind} in any picture: every map is black. Leave it out of kinds.")
 
 
 def _all_given(pictures: tuple[Picture, ...]) -> bool:

@@ -24,6 +24,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, fie
 from controlroom.backbones.image_encoder import check_image_encoder, image_features, load_image_encoder
 from controlroom.backbones.loading import check_device, find_model, keep
 from controlroom.backbones.uni_controlnet import (
+    ENCODER,
     GLOBAL,
     KINDS,
     LOCAL,
@@ -33,6 +34,7 @@ from controlroom.backbones.uni_controlnet import (
     check_local_adapter,
     load_global_adapter,
     load_local_adapter,
+    part_folder,
 )
 from controlroom.controls.condition_map import tiled
 from controlroom.controls.prompt_pictures import check_width, prompt_pixels
@@ -189,10 +191,7 @@ class UniControlNet(Control):
         return torch.cat(maps, dim=1)
 
     def _folder(self, part: str) -> Path:
-        folder = find_model(self.model, "Uni-ControlNet")
-        if not (folder / part).is_dir():
-            raise ModelError(f"{folder} has no {part} adapter. It should hold the folders {LOCAL} and {GLOBAL}.")
-        return folder / part
+        return part_folder(find_model(self.model, "Uni-ControlNet"), part)
 
     def _given(self, part: str, kind: type) -> Any:
         found = self.model.get(part) if isinstance(self.model, Mapping) else self.model
@@ -239,9 +238,9 @@ class UniControlNet(Control):
             return given
         if given is not None:
             return load_image_encoder(find_model(given, "image encoder"), run.backbone).to(run.device)
-        if not isinstance(self.model, str | os.PathLike) or not (self._folder(GLOBAL) / "image_encoder").is_dir():
+        if not isinstance(self.model, str | os.PathLike) or not (self._folder(GLOBAL) / ENCODER).is_dir():
             raise ModelError(f"{self.label} needs the image encoder that its global adapter reads: image_encoder=….")
-        return load_image_encoder(self._folder(GLOBAL) / "image_encoder", run.backbone).to(run.device)
+        return load_image_encoder(self._folder(GLOBAL) / ENCODER, run.backbone).to(run.device)
 
     # A step.
 

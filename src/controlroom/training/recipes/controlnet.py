@@ -34,8 +34,7 @@ class ControlNetSettings(SideSettings):
     loop: ClassVar[dict[str, Any]] = {"total_steps": 15_000, "batch_size": 4, "learning_rate": 1e-5}
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path | None) -> ControlNetRecipe:
-        base = self.networks(pipe)
-        shown, held_out = self.shown(base, pictures, self.prompt, buckets=self.buckets)
+        base, shown, held_out = self.sources(pipe, pictures)
         return ControlNetRecipe(base, shown, self, self.conditions(folder), held_out)
 
 

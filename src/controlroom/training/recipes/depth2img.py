@@ -33,8 +33,7 @@ class Depth2ImgSettings(ChannelSettings):
     """Folder of a depth network, or ``theatre``; not needed where every picture has a ``conditioning_image``."""
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path | None) -> Depth2ImgRecipe:
-        base = self.networks(pipe, (UNET,))
-        shown, held_out = self.shown(base, pictures, self.prompt, buckets=self.buckets)
+        base, shown, held_out = self.sources(pipe, pictures, (UNET,))
         return Depth2ImgRecipe(base, shown, self, ConditionMaps(folder, "depth", self.signal_model), held_out)
 
 

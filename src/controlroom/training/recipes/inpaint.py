@@ -31,8 +31,7 @@ class InpaintSettings(ChannelSettings):
     """How a model learns to fill holes."""
 
     def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path | None) -> InpaintRecipe:
-        base = self.networks(pipe, (UNET,))
-        shown, held_out = self.shown(base, pictures, self.prompt, buckets=self.buckets)
+        base, shown, held_out = self.sources(pipe, pictures, (UNET,))
         return InpaintRecipe(base, shown, self, held_out)
 
 

@@ -14,18 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from controlroom.backbones.image_encoder import clip_pixels, image_features
-from controlroom.backbones.uni_controlnet import (
-    KINDS,
-    GlobalAdapter,
-    load_global_adapter,
-    load_local_adapter,
-    new_local_adapter,
-    save_adapter,
-)
+from controlroom.backbones.uni_controlnet import KINDS
 from controlroom.core.errors import InputError
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import Scene
@@ -34,7 +25,16 @@ from controlroom.training.clip_vision import image_encoder_of
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
 from controlroom.training.recipes.theatre_scenes import EMPTY_SHARE, SceneBatch, Scenes, condition_maps
-from controlroom.training.side_networks import DROP_ALL, DROP_EACH, KEEP_ALL, kept
+from controlroom.training.side_networks import DROP_ALL, DROP_EACH, KEEP_ALL
+from controlroom.training.uni_adapters import (
+    content_features,
+    dropped,
+    explicit_attention,
+    load_into,
+    new_adapter,
+    only,
+    save_part,
+)
 
 _FIRST, _WIDTHS = (16, 24, 32, 48), (48, 64, 64, 64)
 
@@ -75,17 +75,8 @@ class TheatreUniControlNet:
         unet, halvings = self.scenes.unet, self.scenes.halvings
         self.encoder: Any = image_encoder_of(clip_folder) if part == "global" else None
         torch.manual_seed(8)
-        self.adapter: Any
-        if part == "local":
-            levels = len(unet.config.block_out_channels)
-            self.adapter = new_local_adapter(unet, self.kinds, _FIRST[:halvings], _WIDTHS[:levels], halvings)
-            for module in self.adapter.modules():
-                if hasattr(module, "set_processor"):
-                    # Explicit softmax attention trains faster than SDPA on a CPU at these sizes.
-                    module.set_processor(AttnProcessor())
-        else:
-            reads = int(self.encoder.config.projection_dim)
-            self.adapter = GlobalAdapter(reads, int(unet.config.cross_attention_dim))
+        self.adapter: Any = new_adapter(unet, self.kinds, self.encoder, halvings, _FIRST, _WIDTHS)
+        explicit_attention(self.adapter)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"adapter": self.adapter}
@@ -105,9 +96,7 @@ class TheatreUniControlNet:
         """What the adapter reads of a scene: conditions [3 * kinds, 128, 128], or its picture's feature [width]."""
         if self.encoder is None:
             return condition_maps(scene, self.kinds)
-        pixels = clip_pixels([render(scene)], int(self.encoder.config.image_size))
-        with torch.no_grad():
-            return image_features(self.encoder, pixels, states=False)[0].cpu()
+        return content_features(self.encoder, [render(scene)])[0]
 
     def batch(self, indices: Sequence[int], step: int) -> SceneBatch:
         return self.scenes.batch(indices, step, self.map, "uni_controlnet")
@@ -124,10 +113,7 @@ class TheatreUniControlNet:
 
     def dropped(self, batch: SceneBatch, rng: StepRandom) -> SceneBatch:
         """Conditions left out as published: their channels are zero."""
-        if self.part == "global":
-            return replace(batch, maps=batch.maps * kept(rng, 1))
-        keep = kept(rng, len(self.kinds)).repeat_interleave(3, dim=1)[:, :, None, None]
-        return replace(batch, maps=batch.maps * keep)
+        return replace(batch, maps=dropped(batch.maps, rng, 1 if self.part == "global" else len(self.kinds)))
 
     def loss(self, batch: SceneBatch, step: int, rng: StepRandom) -> Losses:
         objective = self.scenes.objective
@@ -139,20 +125,15 @@ class TheatreUniControlNet:
         """Error on held-out scenes without words: with everything, with each condition alone, with the UNet alone."""
         scenes, found = self.scenes, {"held_out": self.scenes.held_out(self.predict, self.map)}
         for number, kind in enumerate(self.kinds) if self.part == "local" else ():
-            only = torch.zeros(len(self.kinds)).index_fill(0, torch.tensor(number), 1.0).repeat_interleave(3)
 
-            def alone(batch: SceneBatch, noisy: Tensor, t: Tensor, only: Tensor = only) -> Tensor:
-                maps = batch.maps * only.to(batch.maps)[:, None, None]
-                return self.predict(replace(batch, maps=maps), noisy, t)
+            def alone(batch: SceneBatch, noisy: Tensor, t: Tensor, number: int = number) -> Tensor:
+                return self.predict(replace(batch, maps=only(batch.maps, number, len(self.kinds))), noisy, t)
 
             found[f"held_out_{kind}"] = scenes.held_out(alone, self.map)
         return {**found, "unet_alone": scenes.held_out(scenes.alone, self.map)}
 
     def export(self, folder: Path) -> None:
-        save_adapter(self.adapter, folder)
-        if self.encoder is not None:
-            self.encoder.save_pretrained(folder / "image_encoder")
+        save_part(self.adapter, self.encoder, folder)
 
     def load(self, folder: Path) -> None:
-        load = load_local_adapter if self.part == "local" else load_global_adapter
-        self.adapter.load_state_dict(load(folder, self.scenes.unet).state_dict())
+        load_into(self.adapter, folder, self.scenes.unet)
