@@ -1,4 +1,4 @@
-"""Recipes of several subjects on the command line: from a folder that says who is where to a file that controls read."""
+"""Recipes of several subjects on the command line: from a folder that says who is where to what a control reads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import controlroom as cr
 from controlroom.app.cli import main
+from controlroom.backbones.unimo import new_unimo
 from controlroom.core.errors import InputError
 from controlroom.data.group_folder import group_folder
 from controlroom.data.groups import Group
@@ -22,6 +23,7 @@ from controlroom.training.recipes.blip_subject import BLIPSubjectSettings
 from controlroom.training.recipes.ms_diffusion import FILE, MSDiffusionSettings
 from tests.controls.nets import tiny_image_encoder
 from tests.data.folders import paint, write_lines
+from tests.training.test_kosmos_g import pipe_of, reader_of
 
 TRAIN = ["train.total_steps=3", "train.batch_size=2", "train.threads=1", "train.learning_rate=0.01"]
 SMALL = {"ms_diffusion": ["tokens=2", "depth=1"], "blip_subject": ["queries=2", "layers=1", "heads=4"]}
@@ -39,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         paint(root / f"cat/{number}.png", colour, (32, 32))
         cat = {"word": "cat", "box": [0, 0, 20, 32], "image": f"cat/{number}.png"}
         hat = {"word": "hat", "box": [20, 8, 40, 32], "image": "hat.png"}
-        row = {"file_name": f"{number}.png", "text": f"a {colour} cat", "box_unit": "pixels"}
+        text = f"a {colour} cat" + " and a hat" * (number == 2)
+        row = {"file_name": f"{number}.png", "text": text, "box_unit": "pixels"}
         rows.append({**row, "subjects": [cat, hat] if number == 2 else [cat]})
     paint(root / "hat.png", "teal", (24, 32))
     write_lines(root / "metadata.jsonl", rows)
@@ -181,3 +184,20 @@ def test_the_export_goes_on(folder: Path, model: str, seer: str, tmp_path: Path)
     again: Any = plan.prepare()[1]
     further = plan.loop.model_copy(update={"output_dir": tmp_path / "next", "start_from": weights})
     assert not same(weights / FILE, train(again, further).weights / FILE)
+
+
+def test_prompts_with_pictures_learn_from_the_same_folder(folder: Path, model: str, tmp_path: Path) -> None:
+    pipe = pipe_of()
+    reader_of(pipe).save(tmp_path / "kosmos")
+    new_unimo(reader_of(pipe), pipe.backbone).save(tmp_path / "unimo")
+    for recipe, start, word in (("kosmos_g", "kosmos", "word=cat"), ("unimo_g", "unimo", "words=['cat']")):
+        changes = [f"model={tmp_path / start}", "train.total_steps=1", *TRAIN[1:]]
+        plan = plan_training(recipe, None, str(folder), model, tmp_path / recipe, changes)
+        made: Any = plan.prepare()[1]
+        assert [len(group.subjects) for group in made.shown.groups] == [1, 1, 2]
+        assert train(made, plan.loop).finished
+        with pytest.raises(InputError, match="names its subjects; leave the words"):
+            plan_training(recipe, None, str(folder), model, tmp_path, [*changes, word]).prepare()
+    with pytest.raises(InputError, match="no mask"):
+        told = [f"model={tmp_path / 'unimo'}", "same_picture=true"]
+        plan_training("unimo_g", None, str(folder), model, tmp_path, told).prepare()

@@ -13,12 +13,41 @@ from torch import Tensor, nn
 from controlroom.backbones.image_encoder import clip_pixels
 from controlroom.backbones.multimodal import PICTURE, MultimodalReader
 from controlroom.core.errors import InputError
+from controlroom.data.group_folder import group_folder, has_groups
 from controlroom.data.groups import Group, PlacedSubject
 from controlroom.data.pictures import Picture, by_subject
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.base_model import BaseModel
+from controlroom.training.grouped import checked_groups
+from controlroom.training.recipe_settings import RecipeSettings
 
 ReaderT = TypeVar("ReaderT", bound=MultimodalReader[Any])
+
+
+class InterleavedSettings(RecipeSettings):
+    """Settings of a stage that learns from subjects: `read` gives groups where the folder's ``metadata.jsonl`` names
+    them, and pictures otherwise; `build` takes both.
+    """
+
+    def read(self, data: str) -> Sequence[Any]:
+        return group_folder(data, boxes=False) if has_groups(data) else super().read(data)
+
+
+def groups_among(given: Sequence[Any], told: bool) -> list[Group]:
+    """What was given, if it is groups; nothing of pictures.
+
+    Args:
+        given: groups, or pictures.
+        told: whether settings say which words are subjects, as pictures need it.
+
+    Raises:
+        InputError: some of both, or groups where settings say it too.
+    """
+    if not any(isinstance(one, Group) for one in given):
+        return []
+    if told:
+        raise InputError("The data names its subjects; leave the words (and a detector) for them out.")
+    return checked_groups(given)
 
 
 class MultimodalStage(Generic[ReaderT]):

@@ -36,7 +36,14 @@ from controlroom.data.groups import Group
 from controlroom.data.pictures import Picture, fingerprint
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.training.grouped import EncodedGroups, GroupBatch
-from controlroom.training.interleaved import MultimodalStage, entities, groups_of, interleaved
+from controlroom.training.interleaved import (
+    InterleavedSettings,
+    MultimodalStage,
+    entities,
+    groups_among,
+    groups_of,
+    interleaved,
+)
 from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
@@ -86,8 +93,8 @@ class KosmosAlignSettings(RecipeSettings):
         return KosmosAlignRecipe(pipe, reader, [picture.caption for picture in pictures if picture.caption], self)
 
 
-class KosmosGSettings(RecipeSettings):
-    """Stage 3: on pictures of subjects, each of which is there at least twice."""
+class KosmosGSettings(InterleavedSettings):
+    """Stage 3: on pictures with their subjects, or pictures of subjects, each of which is there at least twice."""
 
     loop: ClassVar[dict[str, Any]] = {**_LOOP, "total_steps": 200_000, "learning_rate": 1e-3}
 
@@ -96,9 +103,10 @@ class KosmosGSettings(RecipeSettings):
     word: str = ""
     """The word of the captions for the subject: "dog". Must be given where pictures are (not groups)."""
 
-    def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> KosmosGRecipe:
+    def build(self, pipe: Pipeline, pictures: Sequence[Any], folder: Path) -> KosmosGRecipe:
         reader = load_kosmos(find_model(self.model, "KOSMOS-G"), pipe.backbone)
-        return KosmosGRecipe(pipe, reader, groups_of(pictures, self.word), self)
+        groups = groups_among(pictures, bool(self.word)) or groups_of(pictures, self.word)
+        return KosmosGRecipe(pipe, reader, groups, self)
 
 
 class _Stage(MultimodalStage[KosmosReader]):

@@ -38,14 +38,20 @@ from controlroom.controls.condition_map import tokens_hw
 from controlroom.controls.interleaved import words_of
 from controlroom.core.branch import Condition
 from controlroom.core.errors import InputError
-from controlroom.data.entities import entity_groups, masked_groups
+from controlroom.data.entities import cut_from_target, entity_groups, masked_groups
 from controlroom.data.groups import Group
 from controlroom.data.pictures import Picture, fingerprint
 from controlroom.sampling.pipeline import Pipeline
 from controlroom.signals.entities import BoxSegmenter, WordDetector
 from controlroom.training.buckets import Bucket, crop_to
 from controlroom.training.grouped import EncodedGroups, GroupBatch, kept_rows
-from controlroom.training.interleaved import MultimodalStage, entities, interleaved
+from controlroom.training.interleaved import (
+    InterleavedSettings,
+    MultimodalStage,
+    entities,
+    groups_among,
+    interleaved,
+)
 from controlroom.training.objective import Objective
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
@@ -73,8 +79,8 @@ class UnimoTextSettings(RecipeSettings):
         return UnimoTextRecipe(pipe, language, pictures, self)
 
 
-class UnimoGSettings(RecipeSettings):
-    """Stage 2: on captioned pictures whose entities are known."""
+class UnimoGSettings(InterleavedSettings):
+    """Stage 2: on captioned pictures whose entities are known: named with the data, or found in it."""
 
     loop: ClassVar[dict[str, Any]] = {**_LOOP, "total_steps": 100_000}
 
@@ -92,17 +98,23 @@ class UnimoGSettings(RecipeSettings):
     same_picture: bool = False
     """Whether entities are cut out of the very picture that is learned, as published."""
 
-    def build(self, pipe: Pipeline, pictures: Sequence[Picture], folder: Path) -> UnimoGRecipe:
+    def build(self, pipe: Pipeline, pictures: Sequence[Any], folder: Path) -> UnimoGRecipe:
+        groups = groups_among(pictures, bool(self.words or self.detector))
+        if groups and self.same_picture:
+            groups = [cut_from_target(group) for group in groups]
+        groups = groups or self._found(pipe, pictures)
+        reader = load_unimo(find_model(self.model, "UNIMO-G"), pipe.backbone)
+        return UnimoGRecipe(pipe, reader, groups, self)
+
+    def _found(self, pipe: Pipeline, pictures: Sequence[Picture]) -> Sequence[Group]:
+        """Pictures whose entities a detector finds, or whose masks say where the one is."""
         if bool(self.detector) != bool(self.segmenter):
             raise InputError("A detector needs a segmenter, and the other way round. Give both, or neither.")
         if self.detector:
             device = str(pipe.backbone.device)
             detect, segment = WordDetector(self.detector, device), BoxSegmenter(self.segmenter, device)
-            groups = entity_groups(pictures, self.words, detect, segment, self.same_picture)
-        else:
-            groups = masked_groups(pictures, self.words, self.same_picture)
-        reader = load_unimo(find_model(self.model, "UNIMO-G"), pipe.backbone)
-        return UnimoGRecipe(pipe, reader, groups, self)
+            return entity_groups(pictures, self.words, detect, segment, self.same_picture)
+        return masked_groups(pictures, self.words, self.same_picture)
 
 
 class _Stage(MultimodalStage[UnimoReader]):
