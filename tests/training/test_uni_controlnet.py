@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 import controlroom as cr
 from controlroom.app.cli import main
@@ -19,17 +19,16 @@ from controlroom.core.errors import InputError, ModelError
 from controlroom.signals.canny import Canny
 from controlroom.signals.scribble import Scribble
 from controlroom.tasks.train import plan_training
-from controlroom.training.conditions import ConditionMaps, JoinedMaps
 from controlroom.training.loop import train
 from controlroom.training.randomness import StepRandom
-from controlroom.training.recipes.controlnet import ControlNetSettings
 from controlroom.training.recipes.uni_controlnet import UniControlNetRecipe, UniControlNetSettings
+from controlroom.training.uni_adapters import PUBLISHED_FEATURES, PUBLISHED_FIRST, new_adapter
 from tests.controls.nets import tiny_image_encoder
 from tests.saved import tiny_folder
 from tests.tiny import BACKBONES, tiny_sd1
 from tests.training import side_checks
 from tests.training.recipe_checks import check_moves_only_what_trains, check_resumes, loop
-from tests.training.scenery import conditioned, drawn, ramp, scenery, written
+from tests.training.scenery import drawn, scenery, written
 from tests.training.side_checks import check_draws, check_goes_on, check_predicts_as_a_run
 
 TWO = ("canny", "scribble")
@@ -42,6 +41,26 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("clip")
     tiny_image_encoder().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of the published widths are far wider than the miniatures."""
+    monkeypatch.setattr("controlroom.training.recipes.uni_controlnet.PUBLISHED_FEATURES", (8, 16))
+
+
+def test_a_new_adapter_has_the_published_widths() -> None:
+    """Those that the authors' network for Stable Diffusion 1 has; the last again where there are more levels."""
+    unet = tiny_sd1().unet
+    net = new_adapter(unet, TWO, None, 1, PUBLISHED_FIRST, PUBLISHED_FEATURES)
+    assert net.settings["first"] == [32] and net.settings["widths"] == [192, 256]
+    assert new_adapter(unet, TWO, None, 4, (8, 16), (4,)).settings == {
+        "kinds": list(TWO),
+        "first": [8, 16, 16, 16],
+        "widths": [4, 4],
+        "halvings": 4,
+        "latent_channels": 4,
+    }
 
 
 def settings_of(part: str, encoder: str) -> UniControlNetSettings:
@@ -67,9 +86,8 @@ def control_of(model: Any, part: str, number: int, **more: Any) -> cr.UniControl
     """Draws along both conditions of a picture, or after its content."""
     if part == "global":
         return cr.UniControlNet(model, content=drawn(number), **more)
-    return cr.UniControlNet(
-        model, {"canny": Canny()(drawn(number)).picture, "scribble": Scribble()(drawn(number)).picture}
-    )
+    maps = cr.LocalConditions(canny=Canny()(drawn(number)).picture, scribble=Scribble()(drawn(number)).picture)
+    return cr.UniControlNet(model, maps)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -79,7 +97,7 @@ def test_one_adapter_moves_in_all_its_parameters_and_nothing_else(
 ) -> None:
     make = maker(part, encoder, tmp_path / "maps", kind, empty_prompts=0.0)
     before = {key: value.clone() for key, value in make().net.named_parameters()}
-    recipe = check_moves_only_what_trains(make, tmp_path / "run", batch_size=3)
+    recipe: Any = check_moves_only_what_trains(make, tmp_path / "run", batch_size=3)
     assert set(recipe.modules()) == {"uni_controlnet"}
     assert ("image_encoder" in recipe.frozen()) is (part == "global")
     assert [key for key, value in recipe.net.named_parameters() if torch.equal(value, before[key])] == []
@@ -110,22 +128,6 @@ def test_training_predicts_what_a_run_predicts(part: str, kind: str, tmp_path: P
     # The branch without words sees the same maps, and the tokens of no content.
     without = 0.0 if part == "global" else 1.0
     check_predicts_as_a_run(recipe, control_of({part: recipe.net}, part, 0, **more), kind, 1e-3, without)
-
-
-def test_conditions_of_a_picture_are_those_of_each_kind_in_order(tmp_path: Path) -> None:
-    """Of what is shown, mirrored too; found once for recipes of one kind and of several."""
-    side_checks.maker(ControlNetSettings(kind="canny"), tmp_path, pictures=scenery(2), flip=True)()
-    known = set((tmp_path / "maps").rglob("*.safetensors"))
-    recipe = side_checks.maker(UniControlNetSettings(kinds=TWO), tmp_path, pictures=scenery(2), flip=True)()
-    assert known < set((tmp_path / "maps").rglob("*.safetensors")) and len(known) == 4
-    maps = recipe.batch([1, 3], 0).maps
-    for row, seen in zip(maps, (drawn(1), ImageOps.mirror(drawn(1))), strict=True):
-        expected = [np.asarray(signal(seen).picture, np.float32) / 255 for signal in (Canny(), Scribble())]
-        assert np.array_equal(row.numpy(), np.concatenate(expected, -1).transpose(2, 0, 1))
-        assert all(one.any() for one in expected)
-    wide = side_checks.maker(UniControlNetSettings(kinds=TWO), tmp_path, pictures=scenery(2, (48, 32)))()
-    batch = wide.batch([0, 1], 0)
-    assert batch.maps.shape[-2:] == batch.shown.size and batch.shown.size[0] < batch.shown.size[1]
 
 
 def test_contents_are_what_clip_sees_of_what_is_shown(tmp_path: Path, encoder: str) -> None:
@@ -173,7 +175,7 @@ def test_conditions_and_words_are_left_out_as_published(part: str, tmp_path: Pat
 def test_both_exports_draw_together_and_are_gone_on_from(tmp_path: Path, encoder: str) -> None:
     latents, whole = {}, tmp_path / "whole"
     for part in PARTS:
-        recipe = check_moves_only_what_trains(maker(part, encoder, tmp_path), tmp_path / part)
+        recipe: Any = check_moves_only_what_trains(maker(part, encoder, tmp_path), tmp_path / part)
         weights = tmp_path / part / "weights"
         latents[part] = check_draws(control_of(str(weights), part, 1))
         more = {"image_encoder": recipe.encoder} if part == "global" else {}
@@ -248,51 +250,8 @@ def test_the_command_trains_on_a_folder(
     assert (plan.run().weights / part / "config.json").is_file()
 
 
-def test_a_map_that_is_given_is_of_one_kind(tmp_path: Path) -> None:
-    def rows(**settings: Any) -> torch.Tensor:
-        made = side_checks.maker(UniControlNetSettings(**settings), tmp_path, pictures=conditioned())()
-        return made.batch([1], 0).maps[0]
-
-    given = torch.from_numpy(np.asarray(ramp(1), np.float32) / 255).permute(2, 0, 1)
-    edges = torch.from_numpy(np.asarray(Canny()(drawn(1)).picture, np.float32) / 255).permute(2, 0, 1)
-    assert torch.equal(rows(kinds=("depth",)), given)
-    assert torch.equal(rows(kinds=("canny", "depth"), given="depth"), torch.cat([edges, given]))
-    with pytest.raises(InputError, match="conditioning_image, which is one map.*given='canny'"):
-        rows(kinds=("canny", "depth"))
-    with pytest.raises(InputError, match="Something is said of pose, which is not learned"):
-        rows(kinds=TWO, given="pose")
-
-
-def test_networks_of_signals_are_named_by_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[tuple[str, str | None, str | None]] = []
-
-    def chosen(kind: str, model: str | None, detector: str | None) -> Any:
-        asked.append((kind, model, detector))
-
-        def signal(image: Image.Image) -> Any:
-            if kind == "pose" and image.getpixel((8, 8)) != (255, 0, 0):
-                raise InputError("There is nobody in the picture.")
-            return type("Found", (), {"picture": Image.new("RGB", image.size, "white")})
-
-        return signal
-
-    monkeypatch.setattr("controlroom.training.conditions.choose_signal", chosen)
-    make = side_checks.maker(
-        UniControlNetSettings(
-            kinds=("pose", "depth", "normal"), signal_models={"depth": "D", "pose": "P"}, detector="F"
-        ),
-        tmp_path,
-    )
-    recipe = make()
-    assert sorted(asked) == [("depth", "D", None), ("normal", "D", None), ("pose", "P", "F")]
-    maps = recipe.batch([0, 1, 2], 0).maps
-    assert maps[:, 3:].min() == 1 and [float(row.mean()) for row in maps[:, :3]] == [1.0, 0.0, 0.0], "nobody is no pose"
-    with pytest.raises(InputError, match="no pose in any picture.*Leave it out of kinds"):
-        side_checks.maker(UniControlNetSettings(kinds=("pose", "canny")), tmp_path, pictures=scenery(3)[1:])()
-
-
 def test_what_cannot_be_is_refused(tmp_path: Path, encoder: str) -> None:
-    for values, said in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"part": "both"}, "part: input should be 'local' or 'global', got 'both'"),
         ({"kinds": ["edges"]}, r"kinds\.0: input should be 'canny'.*got 'edges'"),
         ({"kinds": []}, r"kinds are one or more.*got \(\)"),
@@ -300,7 +259,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path, encoder: str) -> None:
         ({"part": "global", "kinds": ["canny"]}, "kinds is of the local adapter, and part is 'global'"),
         ({"image_encoder": encoder}, "image_encoder is of the global adapter"),
         ({"signal_models": {"edges": "x"}}, "signal_models"),
-    ):
+    )
+    for values, said in cases:
         with pytest.raises(InputError, match=said):
             UniControlNetSettings(**values)
     (tmp_path / "empty").mkdir()
@@ -316,19 +276,3 @@ def test_what_cannot_be_is_refused(tmp_path: Path, encoder: str) -> None:
         maker("global", str(tmp_path / "other"), tmp_path, start_from=str(tmp_path / "out"))()
     with pytest.raises(InputError, match="has no network"):
         side_checks.maker(UniControlNetSettings(kinds=TWO, signal_models={"canny": "x"}), tmp_path)()
-
-
-def test_a_run_of_one_kind_is_what_it_was(tmp_path: Path) -> None:
-    """Fingerprint and files of maps as before there were several kinds, so that runs begun then resume."""
-    recipe = side_checks.maker(ControlNetSettings(kind="canny"), tmp_path)()
-    text = recipe.fingerprint().split(" ", 1)[1]
-    assert text.endswith(
-        '"flip":false,"prompt":null,"empty_prompts":0.5,"buckets":true,"seed":0,"kind":"canny","signal_model":null,'
-        '"detector":null,"start_from":null}'
-    )
-    files = {path.name[:8] for path in (tmp_path / "maps").rglob("*.safetensors")}
-    assert files == {"181684b2", "22cafd89", "560c1394"}
-    one, joined = ConditionMaps(tmp_path, "canny"), JoinedMaps(tmp_path, ("canny",)).fill(recipe.shown)
-    rows = [(0, False), (2, False)]
-    assert torch.equal(one.rows(recipe.shown, rows), joined.rows(recipe.shown, rows))
-    assert len(list((tmp_path / "maps").rglob("*.safetensors"))) == 3

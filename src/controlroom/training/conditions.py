@@ -18,7 +18,7 @@ from controlroom.core.errors import InputError
 from controlroom.core.images import fit
 from controlroom.data.pictures import ConditionedPicture, Picture
 from controlroom.signals.choose import choose_signal
-from controlroom.signals.signal import Signal
+from controlroom.signals.signal import Kind, Signal
 from controlroom.training.entry_store import EntryStore, key_of
 from controlroom.training.shown import Shown
 
@@ -183,12 +183,13 @@ class JoinedMaps:
         self,
         folder: Path | None,
         kinds: Sequence[str],
-        models: Mapping[str, str] | None = None,
+        models: Mapping[Kind, str] | None = None,
         detector: str | None = None,
         given: str | None = None,
     ) -> None:
-        models, several = dict(models or {}), len(kinds) > 1
-        asked = [*models, *([given] if given else []), *(["pose"] if detector else [])]
+        known = dict[str, str]((models or {}).items())
+        several = len(kinds) > 1
+        asked = [*known, *([given] if given else []), *(["pose"] if detector else [])]
         unknown = next((kind for kind in asked if kind not in kinds), None)
         if unknown is not None:
             raise InputError(
@@ -196,13 +197,13 @@ class JoinedMaps:
                 "kinds, or leave it out of given, signal_models and detector."
             )
         self.kinds, self._given = tuple(kinds), given if several else kinds[0]
-        if "depth" in models:
-            models.setdefault("normal", models["depth"])
+        if "depth" in known:
+            known.setdefault("normal", known["depth"])
         self._each = [
             ConditionMaps(
                 folder,
                 kind,
-                models.get(kind),
+                known.get(kind),
                 detector if kind == "pose" else None,
                 given=kind == self._given,
                 absent=several and kind == "pose",

@@ -27,7 +27,7 @@ from controlroom.backbones.uni_controlnet import (
     load_local_adapter,
     part_folder,
 )
-from controlroom.controls.spatial.uni_controlnet import UniControlNet
+from controlroom.controls.spatial.uni_controlnet import LocalConditions, UniControlNet
 from controlroom.core.branch import Condition
 from controlroom.core.control import Control, Residuals
 from controlroom.core.errors import InputError, ModelError
@@ -209,7 +209,8 @@ class UniControlNetRecipe(SideRecipe[UniControlNetSettings]):
             content = pixels_shown(self.shown, row)
             return [UniControlNet({GLOBAL: self.net}, content=content, image_encoder=self.encoder)]
         maps = self.maps(self.shown, [row], 0)[0].split(3)
-        return [UniControlNet({LOCAL: self.net}, dict(zip(self.net.kinds, maps, strict=True)))]
+        images = LocalConditions.model_validate(dict(zip(self.net.kinds, maps, strict=True)))
+        return [UniControlNet({LOCAL: self.net}, images)]
 
     def export(self, folder: Path) -> None:
         encoder = self.encoder if self.settings.with_encoder else None
