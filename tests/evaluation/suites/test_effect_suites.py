@@ -20,7 +20,7 @@ from controlroom.data.theatre.captions import full_caption
 from controlroom.data.theatre.edits import KINDS, sample_edit
 from controlroom.data.theatre.render import render
 from controlroom.data.theatre.scene import Scene
-from controlroom.data.theatre.truth import keypoints
+from controlroom.data.theatre.truth import maps
 from controlroom.evaluation.suites import editing
 from controlroom.evaluation.suites import imagic as imagic_suite
 from controlroom.evaluation.suites import instruct_pix2pix as instruct
@@ -294,40 +294,39 @@ def sure() -> Any:
 # Self-guidance.
 
 
-def test_commands_take_turns_and_name_the_puppet() -> None:
+def test_commands_take_turns_and_name_the_thing() -> None:
     settings = selfg.Settings()
     asked = [selfg.command(number, settings) for number in range(4)]
     assert [one.shift for one in asked] == [0.15, None, -0.15, None]
     assert [one.size for one in asked] == [None, 0.6, None, 1.6]
     for one in asked:
-        caption = full_caption(one.scene)
-        assert all(word in caption for word in one.words) and one.scene.place in caption
-        control = selfg.control(one, settings)
+        caption, control = full_caption(one.scene), selfg.control(one, settings)
+        assert one.thing in caption and one.scene.place in caption
+        assert not {"small", "big"} & set(caption.split())
         assert control.hold == [one.scene.place] and control.edits[0].moves
+        assert (control.hold_shape > 0) == (one.shift is not None)
 
 
-def test_shifts_and_sizes_are_measured(tmp_path: Path) -> None:
+def test_shifts_and_sizes_are_measured() -> None:
     scene = selfg.command(0, selfg.Settings()).scene
-    puppet = scene.puppets[0]
-    points = keypoints(scene)
-    points[:, 2] = 1.0
-    right = replace(scene, actors=(replace(puppet, x=puppet.x + 12.8),))
-    shifted = keypoints(right)
-    shifted[:, 2] = 1.0
-    change = selfg.moved(points, shifted)
-    assert (
-        change is not None and change[0] == pytest.approx(12.8, abs=0.2) and change[1] == pytest.approx(1.0, abs=0.01)
-    )
+    thing = scene.props[0]
+
+    def seen(**changes: Any) -> Any:
+        return maps(replace(scene, actors=(replace(thing, **changes),))).mask(0)
+
+    before = seen(x=60.0)
+    change = selfg.moved(before, seen(x=72.8))
+    assert change is not None and change == pytest.approx((0.1, 1.0), abs=0.01)
+    grown = selfg.moved(before, seen(x=60.0, scale=thing.scale * 1.6**0.5))
+    assert grown is not None and grown[1] == pytest.approx(1.6, abs=0.12)
     asked = selfg.Command(scene, shift=0.15)
-    assert selfg.followed(asked, change, 128)[selfg.SHIFTED] == 1.0
-    assert selfg.followed(asked, (0.0, 1.0), 128) == {selfg.SHIFTED: 0.0, selfg.SHIFT: 0.15}
-    assert selfg.followed(asked, None, 128) == {selfg.SHIFTED: 0.0, selfg.SHIFT: None}
+    assert selfg.followed(asked, change)[selfg.SHIFTED] == 1.0
+    assert selfg.followed(asked, (0.0, 1.0)) == {selfg.SHIFTED: 0.0, selfg.SHIFT: 0.15}
+    assert selfg.followed(asked, None) == {selfg.SHIFTED: 0.0, selfg.SHIFT: None}
     larger = selfg.Command(scene, size=1.6)
-    assert selfg.followed(larger, (0.0, 1.3), 128)[selfg.RESIZED] == 1.0
-    assert selfg.followed(larger, (0.0, 1.1), 128)[selfg.RESIZED] == 0.0
-    lost = points.copy()
-    lost[4:, 2] = 0.0
-    assert selfg.moved(points, lost) is None
+    assert selfg.followed(larger, (0.0, 1.3))[selfg.RESIZED] == 1.0
+    assert selfg.followed(larger, (0.0, 1.1))[selfg.RESIZED] == 0.0
+    assert selfg.moved(before, np.zeros_like(before)) is None
 
 
 # True pictures.
