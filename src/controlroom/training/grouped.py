@@ -69,7 +69,7 @@ class GroupSettings(EncodedSettings):
     def rehearsal(self, pipe: Pipeline, pictures: Sequence[Any], folder: Path) -> Recipe[Any]:
         """With the two pictures of most subjects, so that nothing else is encoded for a look."""
         learned, _ = self.groups(pictures)
-        largest = sorted(learned, key=lambda group: len(group.subjects), reverse=True)[:2]
+        largest: list[Any] = sorted(learned, key=lambda group: len(group.subjects), reverse=True)[:2]
         return self.model_copy(update={"validation": None}).build(pipe, largest, folder)
 
 
