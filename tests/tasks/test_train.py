@@ -16,10 +16,13 @@ from torch import nn
 from controlroom.app.cli import main
 from controlroom.core.errors import InputError
 from controlroom.sampling.pipeline import Pipeline
-from controlroom.tasks.train import estimate_memory, parse_change, plan_training
+from controlroom.tasks.train import parse_change, plan_training
+from controlroom.training.memory import estimate_memory
 from controlroom.training.randomness import StepRandom
 from controlroom.training.recipe import Losses
+from controlroom.training.recompute import recomputing
 from controlroom.training.settings import TrainSettings
+from controlroom.training.step import loss_of, order_of
 
 TINY = {"total_steps": 2, "batch_size": 2, "threads": 1, "checkpoint_every_seconds": 60}
 
@@ -100,6 +103,31 @@ def test_memory_counts_what_moves(tmp_path: Path, model: str, photos: str) -> No
     assert found.activations > 100_000 and found.total > found.weights + found.activations
     twice = estimate_memory(recipe, plan.loop.model_copy(update={"batch_size": 4}))
     assert twice.activations == 2 * found.activations
+
+
+def test_memory_counts_what_is_computed_again(tmp_path: Path, model: str, photos: str) -> None:
+    """Less than without, more than what torch's own checkpointing keeps besides its parts and their inputs."""
+    plan = plan_training("lora", config(tmp_path / "run.toml"), photos, model, tmp_path / "run")
+    _, recipe = plan.prepare()
+    loop = plan.loop.model_copy(update={"batch_size": 2})
+    whole = estimate_memory(recipe, loop)
+    found = estimate_memory(recipe, loop.model_copy(update={"gradient_checkpointing": True}))
+    held: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    models = (*recipe.modules().values(), *recipe.frozen().values())
+    known = {p.untyped_storage().data_ptr() for m in models for p in m.parameters()}
+    order = order_of(recipe, 2, loop.seed)
+    batch = recipe.batch(order.indices(range(2)), 0)
+    with recomputing(models) as count, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of(recipe, batch, 0, range(2), loop.seed, torch.device("cpu"), False)
+    outside = sum(storage.nbytes() for place, storage in held.items() if place not in known)
+    assert count > 0 and outside < found.activations < 0.8 * whole.activations
+    assert found.weights == whole.weights
+    assert estimate_memory(recipe, loop) == whole, "nothing recomputes any more"
 
 
 def test_memory_of_one_picture_and_of_several_shapes(tmp_path: Path, model: str) -> None:

@@ -94,31 +94,6 @@ class TrainingPlan:
         }
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes that a training needs on its device.
-
-    Attributes:
-        trained, frozen: number of parameters.
-        weights: of all networks.
-        gradients, optimizer, average: of what trains.
-        activations: kept for the backward pass, counted in one forward pass of the recipe.
-    """
-
-    trained: int
-    frozen: int
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All together."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
-
-
 def plan_training(
     recipe: str | None,
     config: str | Path | None = None,
@@ -233,44 +208,3 @@ def parse_change(change: str) -> tuple[list[str], Any]:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     return name.strip().split("."), value
-
-
-def estimate_memory(recipe: Recipe[Any], loop: TrainSettings) -> MemoryEstimate:
-    """What a training needs, with one forward pass to count what is kept for the backward one."""
-    import torch
-
-    from controlroom.training.hardware import usable_device
-    from controlroom.training.step import computes_in_bfloat16, loss_of, order_of, place_modules
-
-    device = usable_device(loop.device)
-    modules, frozen = recipe.modules(), recipe.frozen()
-    place_modules(modules, frozen, device)
-    trained = {id(p): p for m in modules.values() for p in m.parameters() if p.requires_grad}
-    every = {id(p): p for m in (*modules.values(), *frozen.values()) for p in m.parameters()}
-    moving = sum(p.numel() for p in trained.values())
-    moments = {"adafactor": 0.1, "muon": 1.0, "adamw8bit": 0.5, "prodigy": 3.0}.get(str(loop.optimizer), 2.0)
-    known = {t.untyped_storage().data_ptr() for t in every.values()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage  # held, so that no later tensor takes its place
-        return tensor
-
-    rows = min(loop.batch_size, 2)
-    order = order_of(recipe, rows, loop.seed)
-    with torch.random.fork_rng():
-        with torch.no_grad():
-            batch = recipe.batch(order.indices(range(rows)), 0)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss_of(recipe, batch, 0, range(rows), loop.seed, device, computes_in_bfloat16(loop, device))
-    return MemoryEstimate(
-        trained=moving,
-        frozen=sum(p.numel() for p in every.values()) - moving,
-        weights=sum(p.numel() * p.element_size() for p in every.values()),
-        gradients=4 * moving,
-        optimizer=int(4 * moments * moving),
-        average=0 if loop.ema_decay is None else 4 * moving,
-        activations=sum(storage.nbytes() for storage in kept.values()) * loop.batch_size // rows,
-    )

@@ -7,7 +7,7 @@ the same twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ _SWITCHES = (
     ("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
 )
 _STATES = ("is_activation_checkpointing", "is_gradient_checkpointing")
+_FUNCTION = "_gradient_checkpointing_func"
+"""Where parts of models of both libraries keep what recomputes them."""
 _SUPPORT = ("_supports_gradient_checkpointing", "supports_gradient_checkpointing")
 
 
@@ -38,15 +40,27 @@ def recomputes(model: Any) -> bool:
 
 
 @contextmanager
-def recomputing(modules: Iterable[nn.Module]) -> Iterator[int]:
-    """Within the block every model that offers it recomputes; gives how many do. Those that did before keep on."""
+def recomputing(modules: Iterable[nn.Module], by: Callable[..., Any] | None = None) -> Iterator[int]:
+    """Within the block every model that offers it recomputes; gives how many do. Those that did before keep on.
+
+    Args:
+        modules: in which models are looked for.
+        by: called as ``by(part, *its arguments)`` instead of what recomputes a part, to look on; None: the library's.
+    """
     found = [m for module in modules for m in offering(module) if not recomputes(m)]
+    replaced: list[tuple[Any, Any]] = []
     for model in found:
         switch = next(on for on, _ in _SWITCHES if hasattr(model, on))
         getattr(model, switch)()
+        for part in model.modules() if by is not None else ():
+            if hasattr(part, _FUNCTION):
+                replaced.append((part, getattr(part, _FUNCTION)))
+                setattr(part, _FUNCTION, by)
     try:
         yield len(found)
     finally:
+        for part, function in replaced:
+            setattr(part, _FUNCTION, function)
         for model in found:
             switch = next(off for on, off in _SWITCHES if hasattr(model, on))
             getattr(model, switch)()

@@ -36,7 +36,8 @@ def train(
         return
 
     from controlroom.app import runs
-    from controlroom.tasks.train import estimate_memory, plan_training
+    from controlroom.tasks.train import plan_training
+    from controlroom.training.memory import estimate_memory
 
     plan = plan_training(recipe, config, data, model, out, change or ())
     runs.quiet_libraries()
