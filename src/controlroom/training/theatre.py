@@ -12,10 +12,11 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from controlroom.backbones.controlnet import CONDITION_KINDS
 from controlroom.core.memory import keep_freed_memory
+from controlroom.training import theatre_makers as makers
 from controlroom.training.loop import train
 from controlroom.training.recipe import Recipe
 from controlroom.training.settings import TrainSettings
@@ -23,179 +24,7 @@ from controlroom.training.settings import TrainSettings
 if TYPE_CHECKING:
     from controlroom.training.recipes.theatre_pose_controlnet import Learns
 
-RUNS = Path("runs/theatre")
-SCENES = 25_600
-"""Scenes whose latents the UNet learns from, again and again with other captions."""
-PAIRS = 8_000
-"""Pairs of one puppet in two poses."""
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "theatre"
-
-
-def _autoencoder() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_autoencoder import TheatreAutoencoder
-
-    return TheatreAutoencoder()
-
-
-def _clip() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_clip import TheatreClip
-
-    return TheatreClip(RUNS / "tokenizer")
-
-
-def _attribute_reader() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_readers import TheatreAttributeReader
-
-    return TheatreAttributeReader(RUNS / "autoencoder/weights")
-
-
-def _keypoint_reader() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_readers import TheatreKeypointReader
-
-    return TheatreKeypointReader()
-
-
-def _dense_reader() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_dense_reader import TheatreDenseReader
-
-    return TheatreDenseReader(RUNS / "autoencoder/weights")
-
-
-def _unet() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_unet import TheatreUNet
-
-    return TheatreUNet(RUNS / "autoencoder/weights", RUNS / "clip/weights", RUNS / "latents", scenes=SCENES)
-
-
-def _trained_parts() -> tuple[Path, Path, Path]:
-    """Folders of UNet, autoencoder and CLIP."""
-    return RUNS / "unet/weights", RUNS / "autoencoder/weights", RUNS / "clip/weights"
-
-
-def _appearance() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_appearance import TheatreAppearance
-
-    return TheatreAppearance(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
-
-
-def _pose() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
-
-    return TheatrePoseControlNet(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
-
-
-def _retarget(learns: Learns) -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_pose_controlnet import TheatrePoseControlNet
-
-    pose, appearance = RUNS / "pose/weights", RUNS / "appearance/weights"
-    if learns == "appearance":  # the writer alone goes on where the joint stage ended
-        pose, appearance = RUNS / "retarget/weights/pose", RUNS / "retarget/weights/appearance"
-    return TheatrePoseControlNet(
-        *_trained_parts(),
-        RUNS / "latents",
-        pairs=PAIRS,
-        controlnet_folder=pose,
-        appearance_folder=appearance,
-        learns=learns,
-    )
-
-
-def _controlnet(kind: str) -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_controlnet import TheatreControlNet
-
-    return TheatreControlNet(*_trained_parts(), RUNS / "latents", kind, SCENES)
-
-
-def _t2i_adapter(kind: str) -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_t2i_adapter import TheatreT2IAdapter
-
-    return TheatreT2IAdapter(*_trained_parts(), RUNS / "latents", kind, SCENES)
-
-
-def _uni(part: Literal["local", "global"]) -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_uni_controlnet import TheatreUniControlNet
-
-    return TheatreUniControlNet(*_trained_parts(), RUNS / "latents", part, SCENES)
-
-
-def _ip_adapter() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_ip_adapter import TheatreIPAdapter
-
-    return TheatreIPAdapter(*_trained_parts(), RUNS / "latents", pairs=PAIRS)
-
-
-def _ip_adapter_multi(aggregate: Any) -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_ip_adapter_multi import theatre_ip_adapter_multi
-
-    return theatre_ip_adapter_multi(*_trained_parts(), RUNS / "ip_adapter/weights", aggregate)
-
-
-def _grouped(kind: Literal["ms_diffusion", "blip_subject"]) -> Recipe[Any]:
-    from controlroom.data.theatre.groups import theatre_groups, theatre_subjects
-    from controlroom.sampling.pipeline import Pipeline
-    from controlroom.training.clip_vision import image_encoder_of
-    from controlroom.training.objective import ObjectiveSettings
-    from controlroom.training.recipes.blip_subject import BLIPSubjectRecipe, BLIPSubjectSettings
-    from controlroom.training.recipes.ms_diffusion import MSDiffusionRecipe, MSDiffusionSettings
-
-    pipe, encoder = Pipeline.from_pretrained("theatre"), image_encoder_of(RUNS / "clip/weights")
-    objective, cache = ObjectiveSettings(min_snr_gamma=5.0), RUNS / "latents"
-    if kind == "ms_diffusion":
-        groups, held_out = theatre_groups(PAIRS), theatre_groups(16, "held_out")
-        return MSDiffusionRecipe(pipe, encoder, groups, MSDiffusionSettings(objective=objective), held_out, cache)
-    groups, held_out = theatre_subjects(PAIRS), theatre_subjects(16, "held_out")
-    return BLIPSubjectRecipe(pipe, encoder, groups, BLIPSubjectSettings(objective=objective), held_out, cache)
-
-
-def _faces(kind: Literal["instant_id", "photomaker"]) -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_faces import theatre_instant_id, theatre_photomaker
-    from controlroom.training.recipes.theatre_ip_adapter_multi import theatre_pipeline
-
-    unet, vae, clip = _trained_parts()
-    make = theatre_instant_id if kind == "instant_id" else theatre_photomaker
-    return make(theatre_pipeline(unet, vae, clip), clip)
-
-
-def _kosmos(stage: Literal["language", "align", "instruct"]) -> Recipe[Any]:
-    from controlroom.training.recipes import theatre_kosmos as kosmos
-    from controlroom.training.recipes.theatre_ip_adapter_multi import theatre_pipeline
-
-    pipe = theatre_pipeline(*_trained_parts())
-    if stage == "language":
-        return kosmos.theatre_kosmos_language(pipe, _trained_parts()[2])
-    if stage == "align":
-        return kosmos.theatre_kosmos_align(pipe, RUNS / "kosmos_language/weights")
-    return kosmos.theatre_kosmos_g(pipe, RUNS / "kosmos_align/weights", cache_folder=RUNS / "latents")
-
-
-def _unimo(stage: Literal["text", "instruct"]) -> Recipe[Any]:
-    from controlroom.training.recipes import theatre_unimo as unimo
-    from controlroom.training.recipes.theatre_ip_adapter_multi import theatre_pipeline
-
-    pipe = theatre_pipeline(*_trained_parts())
-    if stage == "text":
-        return unimo.theatre_unimo_text(pipe, RUNS / "kosmos_language/weights", cache_folder=RUNS / "latents")
-    return unimo.theatre_unimo_g(pipe, RUNS / "unimo_text/weights", cache_folder=RUNS / "latents")
-
-
-def _instruct_pix2pix() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_instruct_pix2pix import TheatreInstructPix2Pix
-
-    return TheatreInstructPix2Pix(*_trained_parts(), RUNS / "latents", edits=PAIRS)
-
-
-def _inpaint() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_inpaint import TheatreInpaint
-
-    return TheatreInpaint(*_trained_parts(), RUNS / "latents", scenes=SCENES)
-
-
-def _depth2img() -> Recipe[Any]:
-    from controlroom.training.recipes.theatre_depth2img import TheatreDepth2Img
-
-    return TheatreDepth2Img(*_trained_parts(), RUNS / "latents", scenes=SCENES)
-
-
 _RETARGET: tuple[tuple[str, Learns, int], ...] = (
     ("retarget", "both", 200_000),
     ("retarget_appearance", "appearance", 100_000),
@@ -229,7 +58,7 @@ _CONTROL: dict[str, Any] = _COMMON | {"ema_decay": 0.995, "validate_every": 200,
 
 STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     "autoencoder": (
-        _autoencoder,
+        makers.autoencoder,
         _COMMON
         | {
             "batch_size": 8,
@@ -245,7 +74,7 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         },
     ),
     "clip": (
-        _clip,
+        makers.clip,
         _COMMON
         | {
             "batch_size": 128,
@@ -260,11 +89,11 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
             "validate_every": 100,
         },
     ),
-    "attribute_reader": (_attribute_reader, _READER),
-    "keypoint_reader": (_keypoint_reader, _READER),
-    "dense_reader": (_dense_reader, _READER | {"batch_size": 16}),
+    "attribute_reader": (makers.attribute_reader, _READER),
+    "keypoint_reader": (makers.keypoint_reader, _READER),
+    "dense_reader": (makers.dense_reader, _READER | {"batch_size": 16}),
     "unet": (
-        _unet,
+        makers.unet,
         _COMMON
         | {
             "total_samples": 1_000_000,
@@ -277,7 +106,7 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     ),
     # The last leg, from what `unet` made (--start-from): the rate falls to nothing, which settles the weights.
     "unet_end": (
-        _unet,
+        makers.unet,
         _COMMON
         | {
             "total_samples": 144_000,
@@ -289,14 +118,14 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         },
     ),
     "appearance": (
-        _appearance,
+        makers.appearance,
         _CONTROL | {"total_samples": 300_000, "matrix_learning_rate": 0.004, "learning_rate": 4e-4},
     ),
-    "pose": (_pose, _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4}),
+    "pose": (makers.pose, _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4}),
     # Both networks ship; beside an appearance module that stays, the ControlNet or only its ends are compared with it.
     **{
         name: (
-            partial(_retarget, learns),
+            partial(makers.retarget, learns),
             _CONTROL | {"total_samples": samples, "matrix_learning_rate": 0.004, "learning_rate": 4e-4},
         )
         for name, learns, samples in _RETARGET
@@ -304,34 +133,34 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
     # One network for all kinds of condition ships; those for one kind each are what it is measured against.
     **{
         f"controlnet_{kind}": (
-            partial(_controlnet, kind),
+            partial(makers.controlnet, kind),
             _CONTROL | {"total_samples": samples, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
         )
         for kind, samples in (("multi", 400_000), *((kind, 200_000) for kind in CONDITION_KINDS))
     },
     **{
         f"t2i_adapter_{kind}": (
-            partial(_t2i_adapter, kind),
+            partial(makers.t2i_adapter, kind),
             _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
         )
         for kind in CONDITION_KINDS
     },
     "uni_local": (
-        partial(_uni, "local"),
+        partial(makers.uni, "local"),
         _CONTROL | {"total_samples": 400_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
     ),
     "uni_global": (
-        partial(_uni, "global"),
+        partial(makers.uni, "global"),
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
     ),
     "ip_adapter": (
-        _ip_adapter,
+        makers.ip_adapter,
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
     ),
     # Attention between pictures of one person, and the same further training for the other ways.
     **{
         f"ip_adapter_{name}": (
-            partial(_ip_adapter_multi, aggregate),
+            partial(makers.ip_adapter_multi, aggregate),
             _CONTROL | {"total_samples": 16_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
         )
         for name, aggregate in (
@@ -342,56 +171,56 @@ STAGES: dict[str, tuple[Callable[[], Recipe[Any]], dict[str, Any]]] = {
         )
     },
     "ms_diffusion": (
-        partial(_grouped, "ms_diffusion"),
+        partial(makers.grouped, "ms_diffusion"),
         _CONTROL | {"total_samples": 100_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
     ),
     "blip_subject": (
-        partial(_grouped, "blip_subject"),
+        partial(makers.grouped, "blip_subject"),
         _CONTROL | {"total_samples": 60_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4},
     ),
     "instant_id": (
-        partial(_faces, "instant_id"),
+        partial(makers.faces, "instant_id"),
         _CONTROL | {"batch_size": 16, "total_samples": 64_000, "matrix_learning_rate": 0.002, "learning_rate": 2e-4},
     ),
     "photomaker": (
-        partial(_faces, "photomaker"),
+        partial(makers.faces, "photomaker"),
         _CONTROL | {"batch_size": 16, "total_samples": 48_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
     ),
     "kosmos_language": (
-        partial(_kosmos, "language"),
+        partial(makers.kosmos, "language"),
         _CONTROL
         | {"validate_every": None, "total_samples": 48_000, "matrix_learning_rate": 0.01, "learning_rate": 1e-3},
     ),
     "kosmos_align": (
-        partial(_kosmos, "align"),
+        partial(makers.kosmos, "align"),
         _CONTROL
         | {"validate_every": None, "total_samples": 64_000, "matrix_learning_rate": 0.01, "learning_rate": 1e-3},
     ),
     "kosmos_g": (
-        partial(_kosmos, "instruct"),
+        partial(makers.kosmos, "instruct"),
         _CONTROL
         | {"total_samples": 32_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4, "validate_every": 500},
     ),
     "unimo_text": (
-        partial(_unimo, "text"),
+        partial(makers.unimo, "text"),
         _CONTROL
         | {"total_samples": 64_000, "matrix_learning_rate": 0.006, "learning_rate": 6e-4, "validate_every": 500},
     ),
     "unimo_g": (
-        partial(_unimo, "instruct"),
+        partial(makers.unimo, "instruct"),
         _CONTROL
         | {"total_samples": 48_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4, "validate_every": 500},
     ),
     "inpaint": (
-        _inpaint,
+        makers.inpaint,
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
     ),
     "depth2img": (
-        _depth2img,
+        makers.depth2img,
         _CONTROL | {"total_samples": 150_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
     ),
     "instruct_pix2pix": (
-        _instruct_pix2pix,
+        makers.instruct_pix2pix,
         _CONTROL | {"total_samples": 200_000, "matrix_learning_rate": 0.003, "learning_rate": 3e-4},
     ),
 }
@@ -412,7 +241,7 @@ def main() -> None:
     if arguments.stage == "assemble":
         from controlroom.training.assemble import assemble
 
-        for path in assemble(RUNS, ASSETS):
+        for path in assemble(makers.RUNS, ASSETS):
             print(path)
         return
     make, values = STAGES[arguments.stage]
@@ -423,7 +252,7 @@ def main() -> None:
     if arguments.schedule is not None:
         values["schedule"] = arguments.schedule
     settings = TrainSettings(
-        output_dir=arguments.output or RUNS / arguments.stage,
+        output_dir=arguments.output or makers.RUNS / arguments.stage,
         threads=arguments.threads,
         device=arguments.device,
         stop_after_seconds=None if arguments.minutes is None else arguments.minutes * 60,
