@@ -121,10 +121,10 @@ def draw_front(report: Report) -> Image.Image:
     if WORDS in kept.cells and WORDS in followed.cells:
         lines["the class, no adapter"] = [Point("", followed.cells[WORDS], kept.cells[WORDS])]
     cells = [(point.across, point.up) for line in lines.values() for point in line]
-    across = Axis("prompt followed; numbers at points: steps of training", *_round(_all(x for x, _ in cells), 0.1), 0.1)
+    across = Axis("prompt followed; numbers at points: steps of training", *_round(_all(x for x, _ in cells), 0.1, 1.0), 0.1)
     ceiling = kept.cells.get(OWN)
     heights = _all([*(y for _, y in cells), *([] if ceiling is None else [ceiling])])
-    up = Axis("subject kept", *_round(heights, 0.1), 0.1)
+    up = Axis("subject kept", *_round(heights, 0.1, 1.0), 0.1)
     return _figure(across, up, lines, ("another picture of the subject", ceiling))
 
 
@@ -203,14 +203,14 @@ def _all(cells: Iterable[Cell]) -> list[float]:
     return [value for cell in cells for value in _bounds(cell)]
 
 
-def _round(values: Sequence[float], step: float) -> tuple[float, float]:
+def _round(values: Sequence[float], step: float, most: float = math.inf) -> tuple[float, float]:
     """Multiples of a step around all values.
 
     >>> _round([18.3, 25.9], 2.0)
     (18.0, 26.0)
     """
     low = step * math.floor(min(values) / step)
-    return low, max(low + step, step * (math.floor(max(values) / step) + 1))
+    return low, min(most, max(low + step, step * (math.floor(max(values) / step) + 1)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
