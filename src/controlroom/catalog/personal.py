@@ -52,7 +52,8 @@ ENTRIES: tuple[System, ...] = (
         no_neutral="it yields weights; the run itself is ordinary",
         proof="only what it declares moves; a broken run continues bit for bit; the class's share of the loss; what it "
         "writes loads in diffusers",
-        effect="one person, 25 prompts, 400 steps: 73.8 % [66.4, 80.5] of the looks kept, 80 % of the prompts' words followed",
+        effect="one person, 25 prompts, 400 steps: 73.8 % [66.4, 80.5] of the looks kept, 80 % of the prompts' "
+        "words followed",
     ),
     System(
         number=22,
@@ -80,7 +81,8 @@ ENTRIES: tuple[System, ...] = (
         status="working",
         neutral=SCALE_0,
         proof="one picture given several times equals that picture alone",
-        effect="64 people, untrained: identity 0.538 by average, 0.457 by maximum (one picture 0.531); trained further 0.618, "
+        effect="64 people, untrained: identity 0.538 by average, 0.457 by maximum (one picture 0.531); trained "
+        "further 0.618, "
         "0.599",
     ),
     System(
@@ -96,7 +98,8 @@ ENTRIES: tuple[System, ...] = (
         status="working",
         neutral=SCALE_0,
         proof="attention against its formula; a run against diffusers told what the pictures became",
-        effect="64 people: identity 0.625 [0.590, 0.660] (one picture 0.531, trained as much 0.592; average 0.538, trained "
+        effect="64 people: identity 0.625 [0.590, 0.660] (one picture 0.531, trained as much 0.592; average "
+        "0.538, trained "
         "as much 0.618)",
     ),
     System(
@@ -133,7 +136,8 @@ ENTRIES: tuple[System, ...] = (
         status="working",
         neutral="leave its word out of the prompt",
         proof="parity with diffusers' load_textual_inversion; one step of the loss against the formula",
-        effect="one person, 25 prompts, 400 steps: 47.1 % [43.7, 50.6] of the looks kept, 96 % of the prompts' words followed",
+        effect="one person, 25 prompts, 400 steps: 47.1 % [43.7, 50.6] of the looks kept, 96 % of the prompts' "
+        "words followed",
     ),
     System(
         number=37,
@@ -148,7 +152,8 @@ ENTRIES: tuple[System, ...] = (
         status="working",
         neutral=SCALE_0,
         proof="only the factors move; a broken run continues bit for bit; files draw the same here and in diffusers",
-        effect="one person, 25 prompts, 400 steps: 68.5 % [62.9, 74.1] of the looks kept, 68 % of the prompts' words followed",
+        effect="one person, 25 prompts, 400 steps: 68.5 % [62.9, 74.1] of the looks kept, 68 % of the prompts' "
+        "words followed",
     ),
     System(
         number=38,
@@ -167,7 +172,8 @@ ENTRIES: tuple[System, ...] = (
         status="working",
         neutral="an empty window",
         proof="the published loss and guidance, transcribed in the test with two networks; files load in diffusers",
-        effect="one person, 25 prompts, 400 steps: 79.1 % [74.3, 83.5] of the looks kept with consistency guidance (70.3 "
+        effect="one person, 25 prompts, 400 steps: 79.1 % [74.3, 83.5] of the looks kept with consistency "
+        "guidance (70.3 "
         "without), 84 % of the prompts' words followed",
     ),
     System(

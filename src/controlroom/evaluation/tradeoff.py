@@ -121,7 +121,8 @@ def draw_front(report: Report) -> Image.Image:
     if WORDS in kept.cells and WORDS in followed.cells:
         lines["the class, no adapter"] = [Point("", followed.cells[WORDS], kept.cells[WORDS])]
     cells = [(point.across, point.up) for line in lines.values() for point in line]
-    across = Axis("prompt followed; numbers at points: steps of training", *_round(_all(x for x, _ in cells), 0.1, 1.0), 0.1)
+    widths = _all(x for x, _ in cells)
+    across = Axis("prompt followed; numbers at points: steps of training", *_round(widths, 0.1, 1.0), 0.1)
     ceiling = kept.cells.get(OWN)
     heights = _all([*(y for _, y in cells), *([] if ceiling is None else [ceiling])])
     up = Axis("subject kept", *_round(heights, 0.1, 1.0), 0.1)
