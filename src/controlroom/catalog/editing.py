@@ -164,8 +164,8 @@ ENTRIES: tuple[System, ...] = (
         no_neutral=PROGRAM,
         proof="parity with diffusers' DDIMInverseScheduler (bit for bit) and StableDiffusionPix2PixZeroPipeline.invert;"
         " transcription of the published null-text optimisation and of editing from it, in the test",
-        effect="n=16: null-text comes back 0.18 dB [0.15, 0.20] below the autoencoder, guided DDIM 10.9 dB, DDIM without "
-        "guidance 1.3 dB, regularised 3.4 dB",
+        effect="n=16: null-text comes back 0.18 dB [0.15, 0.20] below the autoencoder, guided DDIM 10.9 dB, DDIM "
+        "without guidance 1.3 dB, regularised 3.4 dB",
     ),
     System(
         number=46,
