@@ -164,8 +164,8 @@ class CommandJudge:
             same = [read[GUIDED][index][q] == read[PLAIN][index][q] for q in ("place", asked.thing)]
             row[GUIDED][REST] = float(np.mean(same))
             if not (before | after).all():
-                pixels = (unit_pixels([one.pictures[arm]]) for arm in (PLAIN, GUIDED))
-                kept = background(*pixels, torch.from_numpy(before | after)[None])
+                first, second = (unit_pixels([one.pictures[arm]]) for arm in (PLAIN, GUIDED))
+                kept = background(first, second, torch.from_numpy(before | after)[None])
                 row[GUIDED][PSNR] = min(float(kept.psnr), CEILING)
             rows.append(row)
         return rows
