@@ -90,7 +90,7 @@ def test_methods_are_called_as_the_suite_will_call_them() -> None:
         settings = method.settings(who.class_words)
         words = "<subject>" if name == "textual_inversion" else f"sks {who.class_words}"
         learned = Learned(who.name, who.class_words, who.subject().pictures, Path("a"), Path("a"))
-        assert all(f" {words}" in picture.caption for picture in learned.captioned(name, "sks"))
+        assert all(f" {words}" in picture.caption for picture in learned.captioned(name))
         assert settings.loop and method.rate > 0
     with pytest.raises(InputError, match="how many steps"):
         make_front((), Path("nowhere"), 1)

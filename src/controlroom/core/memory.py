@@ -1,7 +1,7 @@
 """How the memory of tensors is best kept.
 
 With glibc's defaults every large tensor is returned to the system and faulted in again. Measured on the theatre's UNet
-on a virtual machine, that costs a third of a training step, and 7 to 14 % of one of drawing.
+on a virtual machine, that costs a third of a training step, and 6 to 14 % of one of drawing.
 """
 
 from __future__ import annotations

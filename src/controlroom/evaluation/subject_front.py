@@ -110,15 +110,13 @@ class Learned:
     folder: Path
     class_folder: Path
 
-    def captioned(self, method: str, word: str) -> list[Picture]:
+    def captioned(self, method: str) -> list[Picture]:
         """Its pictures, captioned as it will be asked for: "<subject>" where a word is learned, or "sks woman"."""
-        words = LEARNED if method == "textual_inversion" else f"{word} {self.class_words}"
+        words = LEARNED if method == "textual_inversion" else f"{WORD} {self.class_words}"
         return [replace(one, caption=named(one.caption, words)) for one in self.pictures]
 
 
-def train_over_steps(
-    pipe: Pipeline, learned: Learned, name: str, method: Method, kept: Mapping[int, Path], word: str = WORD
-) -> None:
+def train_over_steps(pipe: Pipeline, learned: Learned, name: str, method: Method, kept: Mapping[int, Path]) -> None:
     """Train a method on a subject, and keep what it has learned at each number of steps.
 
     Args:
@@ -127,7 +125,6 @@ def train_over_steps(
         name: of the method.
         method: how it learns.
         kept: steps -> folder for what was learned by then.
-        word: rare word for the subject, where none is learned.
 
     Raises:
         UnfinishedError: stopped by SIGTERM or Ctrl-C; the same call goes on.
@@ -137,7 +134,7 @@ def train_over_steps(
     from controlroom.training.settings import TrainSettings
 
     settings = method.settings(learned.class_words)
-    pictures = learned.captioned(name, word)
+    pictures = learned.captioned(name)
     for step, place in sorted(kept.items()):
         if place.is_dir():
             continue

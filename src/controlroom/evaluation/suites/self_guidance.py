@@ -57,7 +57,7 @@ class Settings(SuiteSettings):
     sizes: tuple[float, float] = (0.6, 1.6)
     """Factors on the area."""
     scale: float | None = Field(default=1000.0, gt=0)
-    """At the derived one (64) the theatre's things stay as they are; from 2000 on pictures fall apart."""
+    """At the derived one (64) the theatre's puppets stay where they are; at 2000 some pictures of things fall apart."""
     size_weight: float = Field(default=3.0, gt=0)
     """Of a size, whose energy is a mean over the picture and has small gradients; a shift's is 1."""
     resolution: int | None = Field(default=8, ge=1)
